@@ -1,0 +1,262 @@
+"""The arenas of a process with their sub-heaps and the main arena's brk range, as far as the core holds them.
+
+Knows: the ring, the chain of heap_info, the free list of arenas, sbrk_base. Does not know: chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coreheap.allocators.glibc.identify import Identification
+from coreheap.allocators.glibc.records import (
+    FREE_LIST_LIMIT,
+    ArenaState,
+    HeapInfo,
+    Layout,
+    heap_info_is_plausible,
+    read_arena,
+    read_heap_info,
+)
+from coreheap.corefile import Core
+from coreheap.errors import MemoryFault
+from coreheap.evidence import Anomaly, Gap
+from coreheap.quantities import AddressRange, format_address
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaFacts:
+    """One arena before its chunks are known.
+
+    ``address`` is None for a main arena whose place nothing tells, ``state`` None where malloc_state was not saved.
+    ``sub_heaps`` are oldest first. ``brk_range`` is the main arena's memory from sbrk_base to the end of top, for a
+    contiguous arena.
+    """
+
+    index: int
+    address: int | None
+    is_main: bool
+    state: ArenaState | None
+    sub_heaps: tuple[HeapInfo, ...]
+    heap_max: int
+    brk_range: AddressRange | None
+    top_bytes: int | None
+    on_free_list: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaSurvey:
+    """All arenas, main first where it is known, and what was contradictory or missing."""
+
+    arenas: tuple[ArenaFacts, ...]
+    anomalies: tuple[Anomaly, ...]
+    gaps: tuple[Gap, ...]
+
+
+def survey_arenas(core: Core, found: Identification) -> ArenaSurvey:
+    """Read every arena of the ring, and arenas that only their saved sub-heaps still name."""
+    anomalies: list[Anomaly] = []
+    gaps: list[Gap] = []
+    addresses = list(found.ring.members)
+    if not found.ring.is_closed:
+        gaps.append(
+            Gap(
+                "arena_ring_open",
+                "the ring of arenas could not be followed to its end; arenas may be missing",
+            )
+        )
+        # Only then do sub-heaps that lead to unknown arenas say something: stale heap_info may lie anywhere.
+        known = set(addresses)
+        for header in found.headers:
+            if header.ar_ptr not in known:
+                known.add(header.ar_ptr)
+                addresses.append(header.ar_ptr)
+    states = {address: _state(core, address, found.layout, gaps) for address in addresses}
+    free_list = _free_list(states, found)
+    arenas: list[ArenaFacts] = []
+    if found.ring.main is None:
+        arenas.append(_main_without_state(core, found, None, gaps))
+    for address in addresses:
+        state = states[address]
+        if address == found.ring.main:
+            if state is None:
+                arenas.append(_main_without_state(core, found, address, gaps))
+            else:
+                arenas.append(_main_arena(core, found, state, free_list, gaps))
+        else:
+            arenas.append(_other_arena(core, found, address, state, len(arenas), free_list, anomalies, gaps))
+    return ArenaSurvey(tuple(arenas), tuple(anomalies), tuple(gaps))
+
+
+def _state(core: Core, address: int, layout: Layout, gaps: list[Gap]) -> ArenaState | None:
+    try:
+        return read_arena(core.memory, address, layout)
+    except MemoryFault as fault:
+        gaps.append(
+            Gap(
+                "arena_not_saved",
+                f"the malloc_state at {format_address(address)} is not in the core ({fault.cause}): its free lists are"
+                " unknown, blocks in its fastbins count as in use",
+                AddressRange(address, address + layout.state.byte_count),
+            )
+        )
+        return None
+
+
+def _free_list(states: dict[int, ArenaState | None], found: Identification) -> dict[int, bool]:
+    """Which arenas are on free_list: those that no thread is attached to (arena.c since 2.23); empty where unknown."""
+    return {
+        address: state.attached_threads == 0
+        for address, state in states.items()
+        if state is not None and state.attached_threads is not None
+    }
+
+
+def _size_at(core: Core, header: int) -> int | None:
+    try:
+        return core.memory.read_word(header + core.word_bytes) & ~7
+    except MemoryFault:
+        return None
+
+
+def _main_arena(
+    core: Core,
+    found: Identification,
+    state: ArenaState,
+    free_list: dict[int, bool],
+    gaps: list[Gap],
+) -> ArenaFacts:
+    top_bytes = _size_at(core, state.top) if state.top else 0
+    sbrk_base = found.parameters.values["sbrk_base"] if found.parameters else 0
+    brk_range: AddressRange | None = None
+    if state.system_mem and state.is_contiguous:
+        if top_bytes is None:
+            gaps.append(
+                Gap(
+                    "top_not_saved",
+                    "the main arena's top chunk is not in the core; its memory is taken from sbrk_base and system_mem",
+                    AddressRange(state.top, state.top),
+                )
+            )
+        end = state.top + top_bytes if top_bytes else sbrk_base + state.system_mem
+        start = sbrk_base or end - state.system_mem
+        if 0 < start < end and end - start <= state.system_mem:
+            brk_range = AddressRange(start, end)
+    return ArenaFacts(
+        0,
+        state.address,
+        True,
+        state,
+        (),
+        found.heap_max,
+        brk_range,
+        top_bytes,
+        free_list.get(state.address),
+    )
+
+
+def _main_without_state(core: Core, found: Identification, address: int | None, gaps: list[Gap]) -> ArenaFacts:
+    """The main arena when its malloc_state is missing: only its brk memory can still be recognised (``walk``)."""
+    if address is None:
+        gaps.append(
+            Gap(
+                "main_arena_unknown",
+                "no saved pointer leads to main_arena: its free lists are unknown, blocks in its fastbins count as in"
+                " use",
+            )
+        )
+    return ArenaFacts(0, address, True, None, (), found.heap_max, None, None, None)
+
+
+def _other_arena(
+    core: Core,
+    found: Identification,
+    address: int,
+    state: ArenaState | None,
+    index: int,
+    free_list: dict[int, bool],
+    anomalies: list[Anomaly],
+    gaps: list[Gap],
+) -> ArenaFacts:
+    chain = _chain(core, found, state, index, anomalies, gaps) if state is not None else {}
+    by_header = {header.address: header for header in found.headers if header.ar_ptr == address}
+    complete = state is not None and sum(heap.size for heap in chain.values()) == state.system_mem
+    if not complete:
+        chain = {**by_header, **chain}
+    elif extra := sorted(set(by_header) - set(chain)):
+        anomalies.append(
+            Anomaly(
+                "sub_heap_not_linked",
+                extra[0],
+                "a sub-heap that names this arena in the chain from its top",
+                f"{len(extra)} sub-heaps outside the chain",
+                index,
+            )
+        )
+    sub_heaps = tuple(sorted(chain.values(), key=lambda heap: _age(heap, chain)))
+    total = sum(heap.size for heap in sub_heaps)
+    if state is not None and total != state.system_mem:
+        gaps.append(
+            Gap(
+                "sub_heaps_missing",
+                f"arena {index} has {state.system_mem} bytes of system_mem, its sub-heaps in the core {total}",
+            )
+        )
+    return ArenaFacts(
+        index,
+        address,
+        False,
+        state,
+        sub_heaps,
+        found.heap_max,
+        None,
+        _size_at(core, state.top) if state is not None else None,
+        free_list.get(address),
+    )
+
+
+def _age(heap: HeapInfo, chain: dict[int, HeapInfo]) -> tuple[int, int]:
+    """How many older sub-heaps the prev chain names behind this one, for an order of oldest first."""
+    steps, at = 0, heap
+    while at.prev in chain and steps <= len(chain):
+        steps, at = steps + 1, chain[at.prev]
+    return steps, heap.address
+
+
+def _chain(
+    core: Core,
+    found: Identification,
+    state: ArenaState,
+    index: int,
+    anomalies: list[Anomaly],
+    gaps: list[Gap],
+) -> dict[int, HeapInfo]:
+    """Sub-heaps from the one that holds top along prev; by address."""
+    chain: dict[int, HeapInfo] = {}
+    at = state.top & ~(found.heap_max - 1)
+    while at and at not in chain and len(chain) < FREE_LIST_LIMIT:
+        try:
+            heap = read_heap_info(core.memory, at, found.layout)
+        except MemoryFault as fault:
+            gaps.append(
+                Gap(
+                    "sub_heap_not_saved",
+                    f"the heap_info at {format_address(at)} of arena {index} is not in the core ({fault.cause}): older"
+                    " sub-heaps may be missing",
+                    AddressRange(at, at + found.layout.heap_info_bytes),
+                )
+            )
+            break
+        if heap.ar_ptr != state.address or not heap_info_is_plausible(heap, found.heap_max, core.page_bytes):
+            anomalies.append(
+                Anomaly(
+                    "sub_heap_header_damaged",
+                    at,
+                    f"ar_ptr {format_address(state.address)} and sizes up to {found.heap_max:#x}",
+                    f"ar_ptr {format_address(heap.ar_ptr)}, size {heap.size:#x}, prev {format_address(heap.prev)}",
+                    index,
+                )
+            )
+            break
+        chain[at] = heap
+        at = heap.prev
+    return chain

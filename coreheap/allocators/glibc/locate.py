@@ -1,0 +1,328 @@
+"""Where glibc's arenas may be: every way that needs no knowledge of the release.
+
+Knows: symbols, the headers of sub-heaps at aligned addresses, bins that point to themselves, the arena ring.
+Does not decide: ``identify`` scores what is found here and picks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from coreheap.allocators.glibc.records import (
+    BIN_COUNT,
+    FREE_LIST_LIMIT,
+    HeapInfo,
+    Layout,
+    heap_info_is_plausible,
+    read_arena,
+    read_heap_info,
+)
+from coreheap.corefile import AddressSpace, Core
+from coreheap.errors import MemoryFault
+from coreheap.evidence import Evidence, Strength
+from coreheap.kernels import (
+    ArenaCandidates,
+    StopReason,
+    chain_reaches,
+    find_arena_candidates,
+)
+from coreheap.quantities import format_address
+
+UInt64s = npt.NDArray[np.uint64]
+
+WRITABLE = 2
+PLACES_BEHIND_PROGRAM = 2
+"""Writable anonymous mappings behind the program that may be the brk heap: its bss comes first."""
+
+CHUNKS_THAT_PROVE = 16
+"""Consistent chunks from the first byte of a mapping on that make it a heap."""
+
+SELF_PAIR_RUN = 8
+"""Empty bins in a row that make a place worth a look; a heap of any size leaves most of the 63 large bins empty."""
+
+CANDIDATE_LIMIT = 4096
+"""Places a scan may hand on. More means a hostile core; the strongest routes do not scan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """A place where an arena may be, and what says so."""
+
+    address: int
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaRing:
+    """The arenas that hang together by ``next``.
+
+    ``main`` is the member that lies in no sub-heap, None where no saved pointer reaches it. ``others`` are in ring
+    order. ``is_closed`` is False where a member was not saved or led out of the ring; what lay behind it may be missing.
+    """
+
+    main: int | None
+    others: tuple[int, ...]
+    is_closed: bool
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return self.others if self.main is None else (self.main, *self.others)
+
+
+def mapped_writable(memory: AddressSpace, addresses: UInt64s) -> npt.NDArray[np.bool_]:
+    """For each address whether it lies in a writable region of the process, saved or not; bool[n]."""
+    position = np.searchsorted(memory.region_start, addresses, side="right") - 1
+    inside: npt.NDArray[np.bool_] = position >= 0
+    position = np.maximum(position, 0)
+    if len(memory.region_start):
+        inside &= addresses < memory.region_end[position]
+        inside &= (memory.region_flags[position] & WRITABLE) != 0
+    return inside
+
+
+def by_symbol(core: Core, name: str) -> Iterator[Sighting]:
+    """Addresses of a malloc global in the symbol tables of modules whose files are proven to be the right ones."""
+    for module in core.modules:
+        address = module.symbol_address(name)
+        if address is not None:
+            yield Sighting(
+                address,
+                Evidence(
+                    f"symbol {name} of the module with the same build-id",
+                    f"symbol table of {module.path.rpartition('/')[2]}",
+                    Strength.PROOF,
+                    address,
+                ),
+            )
+
+
+def sub_heap_headers(core: Core, layout: Layout, heap_max: int) -> tuple[HeapInfo, ...]:
+    """Every plausible heap_info at a multiple of ``heap_max`` in saved writable memory, by address.
+
+    The first four fields are alike in all releases (2.12-2.44), so the layout decides nothing here.
+    """
+    memory = core.memory
+    writable = (memory.region_flags & WRITABLE) != 0
+    start, end = memory.region_start[writable], memory.region_end[writable]
+    first = (start + np.uint64(heap_max - 1)) & ~np.uint64(heap_max - 1)
+    hit = (first < end) & (first >= start)
+    headers = []
+    for begin, stop in zip(first[hit].tolist(), end[hit].tolist(), strict=True):
+        for address in range(begin, stop, heap_max):
+            try:
+                info = read_heap_info(memory, address, layout)
+            except MemoryFault:
+                continue
+            if heap_info_is_plausible(info, heap_max, core.page_bytes):
+                headers.append(info)
+        if len(headers) > FREE_LIST_LIMIT:
+            break
+    return tuple(headers)
+
+
+def ring_from(memory: AddressSpace, start: int, layout: Layout, heap_max: int) -> ArenaRing:
+    """The ring of arenas by ``next`` from one member; main is the one that does not lie right behind a heap_info.
+
+    New arenas are linked in behind main_arena, so the ring is main, newest, ..., oldest (arena.c, all releases).
+    """
+    members: list[int] = []
+    seen: set[int] = set()
+    address, is_closed = start, False
+    while len(members) < FREE_LIST_LIMIT:
+        if address in seen:
+            is_closed = address == start
+            break
+        try:
+            following = read_arena(memory, address, layout).next
+        except MemoryFault:
+            # A member that was not saved still has an address; what comes behind it is unknown.
+            if members:
+                members.append(address)
+            break
+        members.append(address)
+        seen.add(address)
+        address = following
+    # A sub-heap's own arena lies right behind heap_info at a multiple of heap_max (arena.c, _int_new_arena).
+    outside = [member for member in members if member % heap_max != layout.heap_info_bytes]
+    main = outside[0] if len(outside) == 1 else (start if start in outside else None)
+    if main is None:
+        return ArenaRing(None, tuple(members), False)
+    position = members.index(main)
+    others = (*members[position + 1 :], *members[:position])
+    return ArenaRing(main, others, is_closed)
+
+
+def _scan_order(core: Core) -> list[tuple[int, int]]:
+    """Saved writable ranges, those of mapped files (libc's .data) first, then by size."""
+    memory = core.memory
+    writable = np.flatnonzero((memory.region_flags & WRITABLE) != 0)
+    size = memory.region_end[writable] - memory.region_start[writable]
+    order = np.lexsort((size, memory.region_file_index[writable] < 0))
+    chosen = writable[order]
+    return list(zip(memory.region_start[chosen].tolist(), memory.region_end[chosen].tolist(), strict=True))
+
+
+def scan(core: Core, layouts: Iterable[Layout]) -> Iterator[ArenaCandidates]:
+    """Scan writable memory for arenas, most likely places first; the caller stops when it is content.
+
+    A lone main_arena's ``next`` points to its own start: the distance is offsetof(malloc_state, next). An empty bin's
+    two words both point 2 * SIZE_SZ before themselves.
+    """
+    deltas = np.array(sorted({layout.state.offset("next") for layout in layouts}), dtype=np.uint64)
+    memory = core.memory
+    for start, end in _scan_order(core):
+        for run_start, run_end in memory.saved_runs_within(start, end):
+            hits = find_arena_candidates(
+                memory.view(run_start, run_end),
+                run_start,
+                core.word_bytes,
+                deltas,
+                capacity=CANDIDATE_LIMIT,
+            )
+            if len(hits.self_pairs) or len(hits.next_hits):
+                yield hits
+
+
+def arenas_of_next_hits(core: Core, hits: ArenaCandidates, layout: Layout) -> Iterator[Sighting]:
+    """Arenas whose ``next`` leads to themselves: a main_arena that is alone in its ring."""
+    memory = core.memory
+    offset = layout.state.offset("next")
+    for place in hits.next_hits.tolist():
+        try:
+            value = memory.read_word(place)
+        except MemoryFault:
+            continue
+        if place - value == offset:
+            yield Sighting(
+                value,
+                Evidence(
+                    "a word at offset of next points to its own structure: an arena alone in its ring",
+                    "scan of writable memory",
+                    Strength.HINT,
+                    place,
+                ),
+            )
+
+
+def arenas_of_empty_bins(core: Core, hits: ArenaCandidates, layout: Layout) -> Iterator[Sighting]:
+    """Arenas around runs of empty bins, for rings whose other members are not in the core."""
+    for first in _runs_of_pairs(hits.self_pairs, 2 * core.word_bytes):
+        # The run may begin at any bin, because lower bins may be in use.
+        for number in range(1, BIN_COUNT + 1):
+            address = first - layout.state.offset("bins") - 2 * core.word_bytes * (number - 1)
+            yield Sighting(
+                address,
+                Evidence(
+                    "a run of empty bins, each pointing to itself",
+                    "scan of writable memory",
+                    Strength.SOLID,
+                    first,
+                ),
+            )
+
+
+def _runs_of_pairs(pairs: UInt64s, step: int) -> list[int]:
+    """First address of each run of at least SELF_PAIR_RUN pairs that follow each other directly."""
+    if not len(pairs):
+        return []
+    breaks = np.flatnonzero(np.diff(pairs) != step) + 1
+    edges = np.concatenate(([0], breaks, [len(pairs)]))
+    lengths = np.diff(edges)
+    return [int(pairs[edge]) for edge in edges[:-1][lengths >= SELF_PAIR_RUN]]
+
+
+def joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Runs that touch, as one."""
+    result: list[tuple[int, int]] = []
+    for start, end in runs:
+        if result and result[-1][1] == start:
+            result[-1] = (result[-1][0], end)
+        else:
+            result.append((start, end))
+    return result
+
+
+def heap_behind_program(core: Core, layout: Layout) -> list[tuple[int, int]]:
+    """The brk heap when main_arena is not in the core: behind the program, chunks from its first byte to its last.
+
+    A chain that the file's end cuts off counts as well, when it is long enough not to be chance.
+    """
+    program = core.main_module
+    if program is None:
+        return []
+    starts, ends = anonymous_mappings(core.memory)
+    behind = np.flatnonzero(starts >= np.uint64(program.end))[:PLACES_BEHIND_PROGRAM]
+    for start, end in zip(starts[behind].tolist(), ends[behind].tolist(), strict=True):
+        runs = joined(core.memory.saved_runs_within(start, end))
+        base = layout.aligned_header(start)
+        if not runs or runs[0][0] != start or runs[0][1] <= base:
+            continue
+        chain = chain_reaches(
+            core.memory.view(base, runs[0][1]),
+            layout.geometry,
+            0,
+            -1,
+            1 << 62,
+            region_bytes=end - base,
+        )
+        if chain.stop_reason in (StopReason.END, StopReason.CUT) and chain.chunk_count >= CHUNKS_THAT_PROVE:
+            return [(base, end)]
+    return []
+
+
+def anonymous_mappings(memory: AddressSpace) -> tuple[UInt64s, UInt64s]:
+    """Starts and ends of the writable anonymous mappings, by address; saved and missing parts of one are one."""
+    chosen = np.flatnonzero(((memory.region_flags & WRITABLE) != 0) & (memory.region_file_index < 0))
+    start, end = memory.region_start[chosen], memory.region_end[chosen]
+    if not len(chosen):
+        return start, end
+    segment = memory.region_segment[chosen]
+    begins = np.ones(len(chosen), bool)
+    begins[1:] = (start[1:] != end[:-1]) | (segment[1:] != segment[:-1])
+    first = np.flatnonzero(begins)
+    return start[first], end[np.append(first[1:], len(chosen)) - 1]
+
+
+def anonymous_ranges(core: Core, excluded: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Writable anonymous mappings less the excluded ranges, by address."""
+    starts, ends = (column.tolist() for column in anonymous_mappings(core.memory))
+    cuts = sorted(excluded)
+    result: list[tuple[int, int]] = []
+    position = 0
+    for start, end in zip(starts, ends, strict=True):
+        while position and position < len(cuts) and cuts[position - 1][1] > start:
+            position -= 1
+        while position < len(cuts) and cuts[position][1] <= start:
+            position += 1
+        at, scan = start, position
+        while scan < len(cuts) and cuts[scan][0] < end:
+            if cuts[scan][0] > at:
+                result.append((at, cuts[scan][0]))
+            at = max(at, cuts[scan][1])
+            scan += 1
+        if at < end:
+            result.append((at, end))
+    return result
+
+
+def describe_ring(ring: ArenaRing) -> Evidence:
+    """The ring as a fact: closed rings are solid, open ones speak against completeness."""
+    if ring.is_closed:
+        return Evidence(
+            f"next pointers of {len(ring.members)} arenas close a ring",
+            "arena ring",
+            Strength.SOLID,
+            ring.main,
+        )
+    place = format_address(ring.members[-1]) if ring.members else "its start"
+    return Evidence(
+        f"the arena ring does not close behind {place}",
+        "arena ring",
+        Strength.HINT,
+        ring.main,
+        speaks_against=True,
+    )

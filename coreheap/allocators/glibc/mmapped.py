@@ -1,0 +1,221 @@
+"""Chunks that have a mapping of their own: found by their headers, reconciled with mp_'s counters.
+
+Knows: nothing links mmapped chunks; n_mmaps and mmapped_mem are the only global facts about them (malloc.c,
+sysmalloc_mmap and munmap_chunk, 2.12-2.44). Does not know: arenas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+
+from coreheap.allocators.glibc.locate import anonymous_ranges, joined
+from coreheap.allocators.glibc.records import Layout
+from coreheap.corefile import AddressSpace, Core
+from coreheap.evidence import Anomaly, Evidence, Gap, Strength
+from coreheap.kernels import MmappedChunks, find_mmapped_chunks, no_mmapped_chunks
+from coreheap.quantities import AddressRange, format_bytes
+
+MOST_SURPLUS = 3
+"""Headers too many that are told from real ones by the bytes they add; more are only reported."""
+
+MOST_COMBINED = 64
+GAPS_KEPT = 100
+REFERENCE_SCAN_LIMIT = 2 << 30
+REFERENCE_BLOCK_WORDS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class MmappedFindings:
+    """The chunks, and how sure it is that they are all and no others."""
+
+    chunks: MmappedChunks
+    anomalies: tuple[Anomaly, ...]
+    evidence: tuple[Evidence, ...]
+    gaps: tuple[Gap, ...]
+
+
+def find_mmapped(
+    core: Core,
+    layout: Layout,
+    excluded: list[tuple[int, int]],
+    n_mmaps: int | None,
+    mmapped_mem: int | None,
+) -> MmappedFindings:
+    """Chunks with mappings of their own in anonymous memory outside ``excluded``.
+
+    Looks only at pages that the core file has content for. Where more headers fit than n_mmaps counts, the surplus is
+    dropped when mp_'s counters leave one choice only; otherwise all are kept and the contradiction is an anomaly. A
+    mapping that was not saved to its end is left out with a gap: memalign may have put the chunk's header further in.
+    """
+    found = _headers_that_fit(core, layout, excluded)
+    whole = np.array(
+        [
+            core.memory.is_saved(start, start + size)
+            for start, size in zip(found.mapping_start.tolist(), found.mapping_bytes.tolist(), strict=True)
+        ],
+        dtype=bool,
+    )
+    gaps = tuple(
+        Gap(
+            "mmapped_chunk_cut",
+            "a mapping that begins like an mmapped chunk is not in the core to its end: where its block begins is unknown",
+            AddressRange(int(start), int(start) + int(size)),
+        )
+        for start, size in zip(
+            found.mapping_start[~whole][:GAPS_KEPT], found.mapping_bytes[~whole][:GAPS_KEPT], strict=True
+        )
+    )
+    found = _rows(found, whole)
+    exact = not layout.generation.mmapped_mem_drifts
+    evidence: list[Evidence] = []
+    if n_mmaps is not None and mmapped_mem is not None and exact and len(found) > n_mmaps:
+        fewer, evidence = _without_surplus(core, found, n_mmaps, mmapped_mem)
+        found = fewer
+    total = int(found.mapping_bytes.sum())
+    if n_mmaps == len(found) and mmapped_mem == total and n_mmaps:
+        evidence.append(
+            Evidence(
+                f"{n_mmaps} mmapped chunks of {format_bytes(total)} are what mp_ counts, to the byte",
+                "mp_.n_mmaps and mmapped_mem",
+                Strength.PROOF,
+            )
+        )
+    return MmappedFindings(
+        found,
+        _contradictions(found, n_mmaps, mmapped_mem if exact else None) if not gaps else (),
+        tuple(evidence),
+        gaps,
+    )
+
+
+def _headers_that_fit(core: Core, layout: Layout, excluded: list[tuple[int, int]]) -> MmappedChunks:
+    memory = core.memory
+    tables = []
+    for start, end in anonymous_ranges(core, excluded):
+        position = start
+        for saved_start, saved_end in joined(memory.saved_runs_within(start, end)):
+            for extent_start, extent_end in joined(memory.populated_extents(saved_start, saved_end)):
+                first = max(position, extent_start)
+                if first >= extent_end:
+                    continue
+                table = find_mmapped_chunks(
+                    memory.view(first, saved_end),
+                    first,
+                    layout.geometry,
+                    core.page_bytes,
+                    layout.mmapped_trailer_bytes,
+                    region_bytes=end - first,
+                    scan_bytes=extent_end - first,
+                )
+                if len(table):
+                    tables.append(table)
+                    position = int(table.mapping_start[-1] + table.mapping_bytes[-1])
+    if not tables:
+        return no_mmapped_chunks()
+    return MmappedChunks(
+        np.concatenate([table.header_address for table in tables]),
+        np.concatenate([table.mapping_start for table in tables]),
+        np.concatenate([table.mapping_bytes for table in tables]),
+        np.concatenate([table.chunk_bytes for table in tables]),
+    )
+
+
+def _rows(table: MmappedChunks, keep: npt.NDArray[np.bool_]) -> MmappedChunks:
+    return MmappedChunks(
+        table.header_address[keep], table.mapping_start[keep], table.mapping_bytes[keep], table.chunk_bytes[keep]
+    )
+
+
+def _without_surplus(
+    core: Core, found: MmappedChunks, n_mmaps: int, mmapped_mem: int
+) -> tuple[MmappedChunks, list[Evidence]]:
+    """The table without headers that only look like chunks, as far as the counters decide which those are.
+
+    A thread's stack pointer does not lie in a block of malloc; a header to whose payload nothing points is rather a
+    mapping of the program's own. The first rule that leaves exactly one choice is taken.
+    """
+    surplus_count = len(found) - n_mmaps
+    surplus_bytes = int(found.mapping_bytes.sum()) - mmapped_mem
+    rules: tuple[tuple[str, Callable[[], npt.NDArray[np.bool_]]], ...] = (
+        ("no other choice adds up", lambda: np.ones(len(found), bool)),
+        ("they hold thread stacks", lambda: _holds_stack(core, found)),
+        ("nothing points to their payload", lambda: _unreferenced(core.memory, found)),
+    )
+    if not 0 < surplus_count <= MOST_SURPLUS:
+        return found, []
+    for reason, suspects in rules:
+        drop = _only_choice(found, np.flatnonzero(suspects()), surplus_count, surplus_bytes)
+        if drop is not None:
+            keep = np.ones(len(found), bool)
+            keep[list(drop)] = False
+            fact = Evidence(
+                f"{surplus_count} headers that look like mmapped chunks are left out: mp_ counts fewer, and {reason}",
+                "mp_.n_mmaps and mmapped_mem",
+                Strength.HINT,
+                int(found.header_address[drop[0]]),
+            )
+            return _rows(found, keep), [fact]
+    return found, []
+
+
+def _only_choice(
+    found: MmappedChunks, suspects: npt.NDArray[np.intp], count: int, byte_count: int
+) -> tuple[int, ...] | None:
+    """The one set of ``count`` suspects whose mappings have exactly so many bytes; None where there is none or several."""
+    if not len(suspects) or (count > 1 and len(suspects) > MOST_COMBINED):
+        return None
+    sizes = dict(zip(suspects.tolist(), found.mapping_bytes[suspects].tolist(), strict=True))
+    matches = [choice for choice in combinations(sizes, count) if sum(sizes[row] for row in choice) == byte_count]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _holds_stack(core: Core, found: MmappedChunks) -> npt.NDArray[np.bool_]:
+    stacks = np.sort(np.array([thread.stack_pointer or 0 for thread in core.threads], dtype=np.uint64))
+    first = np.searchsorted(stacks, found.mapping_start)
+    return np.searchsorted(stacks, found.mapping_start + found.mapping_bytes) > first
+
+
+def _unreferenced(memory: AddressSpace, found: MmappedChunks) -> npt.NDArray[np.bool_]:
+    """Which chunks no word of saved memory points to, payload start taken; all False when that is too much to read."""
+    header_bytes = np.uint64(2 * memory.word_bytes)
+    payload = found.header_address + header_bytes
+    if memory.saved_bytes > REFERENCE_SCAN_LIMIT:
+        return np.zeros(len(found), bool)
+    seen = np.zeros(len(found), bool)
+    for start, end in zip(memory.run_start.tolist(), memory.run_end.tolist(), strict=True):
+        for block in range(start, end, REFERENCE_BLOCK_WORDS * memory.word_bytes):
+            count = min(end - block, REFERENCE_BLOCK_WORDS * memory.word_bytes) // memory.word_bytes
+            words = memory.read_words(block, count)
+            inside = words[(words >= payload[0]) & (words <= payload[-1])]
+            seen |= np.isin(payload, inside)
+    return ~seen
+
+
+def _contradictions(found: MmappedChunks, n_mmaps: int | None, mmapped_mem: int | None) -> tuple[Anomaly, ...]:
+    """What does not agree with mp_: the count, and the bytes where the release keeps them exactly."""
+    place = int(found.header_address[0]) if len(found) else 0
+    if n_mmaps is not None and len(found) != n_mmaps:
+        return (
+            Anomaly(
+                "mmapped_count_mismatch",
+                place,
+                f"{n_mmaps} mmapped chunks (mp_.n_mmaps)",
+                f"{len(found)} headers that fit",
+            ),
+        )
+    total = int(found.mapping_bytes.sum())
+    if mmapped_mem is not None and total != mmapped_mem:
+        return (
+            Anomaly(
+                "mmapped_bytes_mismatch",
+                place,
+                f"{format_bytes(mmapped_mem)} in mmapped chunks (mp_.mmapped_mem)",
+                f"mappings of {format_bytes(total)}",
+            ),
+        )
+    return ()

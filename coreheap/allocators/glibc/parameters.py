@@ -1,0 +1,185 @@
+"""Where malloc_par (``mp_``) is and what it says.
+
+Knows: the invariants of its fields, of which the strongest ties it to the main arena. Does not know: which release the
+core has; it is asked for one layout at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from coreheap.allocators.glibc.locate import ArenaRing, Sighting, mapped_writable
+from coreheap.allocators.glibc.records import Layout, read_arena, read_parameters
+from coreheap.corefile import AddressSpace, Core
+from coreheap.errors import MemoryFault
+from coreheap.evidence import Evidence, Strength
+
+PARAMETERS_ACCEPTED = 0.8
+PARAMETERS_REACH = 1 << 16
+"""mp_ lies in the same data section as main_arena; in fifteen libraries at most 0x960 bytes away."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Where malloc_par is and what it says; ``score`` is the share of its invariants that hold."""
+
+    address: int
+    values: dict[str, int]
+    score: float
+    by_symbol: bool
+
+
+def find_parameters(core: Core, layout: Layout, ring: ArenaRing, symbols: Iterable[Sighting]) -> Parameters | None:
+    """malloc_par by symbol, else by the values that fit best near main_arena."""
+    memory = core.memory
+    for sighting in symbols:
+        try:
+            values = read_parameters(memory, sighting.address, layout)
+        except MemoryFault:
+            continue
+        score = _parameter_scores(core, layout, ring, sighting.address, sighting.address + 1)
+        return Parameters(sighting.address, values, score[1] if score else 0.0, True)
+    if ring.main is None:
+        return None
+    best = _parameter_scores(core, layout, ring, ring.main - PARAMETERS_REACH, ring.main + PARAMETERS_REACH)
+    if best is None or best[1] < PARAMETERS_ACCEPTED:
+        return None
+    return Parameters(best[0], read_parameters(memory, best[0], layout), best[1], False)
+
+
+def _parameter_scores(core: Core, layout: Layout, ring: ArenaRing, first: int, last: int) -> tuple[int, float] | None:
+    """The best place for malloc_par among word addresses in [first, last) and its share of invariants that hold.
+
+    Source: the static initialiser of mp_, do_set_* and sysmalloc_mmap (malloc.c, 2.12-2.44).
+    """
+    memory, fields = core.memory, layout.parameters
+    word = layout.word_class.word_bytes
+    top_end = start_of_brk = None
+    if ring.main is not None:
+        try:
+            state = read_arena(memory, ring.main, layout)
+            size_word = memory.read_word(state.top + word) if state.top else 0
+            top_end = state.top + (size_word & ~7)
+            if state.is_contiguous:
+                start_of_brk = top_end - state.system_mem
+        except MemoryFault:
+            start_of_brk = None
+    best: tuple[int, float] | None = None
+    for run_start, run_end in memory.saved_runs_within(max(first, 0), last - 1 + fields.byte_count):
+        begin = run_start + -run_start % word
+        count = (run_end - begin - fields.byte_count) // word + 1
+        if count <= 0:
+            continue
+        raw = memory.view(begin, run_end)
+        score, places = _score_places(core, layout, raw, count, begin, start_of_brk)
+        place = int(score.argmax())
+        if best is None or float(score[place]) > best[1]:
+            best = (int(places[place]), float(score[place]))
+    return best
+
+
+def _score_places(
+    core: Core,
+    layout: Layout,
+    raw: npt.NDArray[np.uint8],
+    count: int,
+    begin: int,
+    start_of_brk: int | None,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    fields, word = layout.parameters, layout.word_class.word_bytes
+
+    def values(name: str) -> npt.NDArray[np.uint64]:
+        field = fields.fields[name]
+        packed = np.ascontiguousarray(
+            np.lib.stride_tricks.as_strided(
+                raw[field.offset :],
+                shape=(count, field.element_bytes),
+                strides=(word, 1),
+                writeable=False,
+            )
+        )
+        return packed.view(f"<u{field.element_bytes}")[:, 0].astype(np.uint64)
+
+    page = np.uint64(core.page_bytes)
+    n_mmaps, max_n_mmaps = values("n_mmaps"), values("max_n_mmaps")
+    mapped, max_mapped = values("mmapped_mem"), values("max_mmapped_mem")
+    sbrk_base = values("sbrk_base")
+    heap_max = np.uint64(layout.word_class.default_heap_max)
+    checks: list[tuple[float, npt.NDArray[np.bool_]]] = [
+        (1, n_mmaps <= max_n_mmaps),
+        (1, mapped <= max_mapped),
+        (1, ((mapped % page) == 0) | layout.generation.mmapped_mem_drifts),
+        (1, (mapped >= n_mmaps * page) & ((n_mmaps > 0) | (mapped < page))),
+        (1, values("no_dyn_threshold") <= 1),
+        (2, values("n_mmaps_max") == 65536),
+        (1, values("mmap_threshold") <= heap_max),
+        (1, (values("trim_threshold") >= page) & (values("top_pad") <= heap_max)),
+    ]
+    if start_of_brk is not None:
+        checks.append((4, sbrk_base == np.uint64(start_of_brk & (2**64 - 1))))
+    else:
+        checks.append((1, mapped_writable(core.memory, sbrk_base) | (sbrk_base == 0)))
+    if "arena_test" in fields:
+        checks.append((1, values("arena_test") == layout.word_class.default_arena_test))
+        checks.append((1, values("arena_max") <= 65536))
+    if "tcache_bins" in fields:
+        checks.append((2, values("tcache_bins") == 64))
+        checks.append((1, values("tcache_count") <= 65535))
+        checks.append((1, values("tcache_max_bytes") <= 4 << 20))
+    if "hp_pagesize" in fields:
+        for name in ("thp_pagesize", "hp_pagesize"):
+            size = values(name)
+            checks.append((1, (size & (size - np.uint64(1)) * (size > 0)) == 0))
+    if "thp_mode" in fields:
+        checks.append((1, values("thp_mode") <= 4))
+    if "pagesize" in fields:
+        checks.append((2, values("pagesize") == page))
+    total = sum(weight for weight, _ in checks)
+    score = np.zeros(count, dtype=np.float64)
+    for weight, holds in checks:
+        score += weight * holds
+    places = begin + word * np.arange(count, dtype=np.int64)
+    return score / total, places
+
+
+def parameters_evidence(
+    memory: AddressSpace, layout: Layout, ring: ArenaRing, parameters: Parameters | None
+) -> list[Evidence]:
+    if parameters is None:
+        return [
+            Evidence(
+                "no place near main_arena fits malloc_par",
+                "data section of libc",
+                Strength.HINT,
+                speaks_against=True,
+            )
+        ]
+    facts = [
+        Evidence(
+            f"malloc_par with {parameters.score:.0%} of its invariants",
+            "symbol table" if parameters.by_symbol else "data section of libc",
+            Strength.PROOF if parameters.by_symbol else Strength.SOLID,
+            parameters.address,
+        )
+    ]
+    assert ring.main is not None
+    state = read_arena(memory, ring.main, layout)
+    try:
+        size_word = memory.read_word(state.top + layout.word_class.word_bytes)
+    except MemoryFault:
+        return facts
+    end = state.top + (size_word & ~7)
+    if state.is_contiguous and parameters.values["sbrk_base"] + state.system_mem == end:
+        facts.append(
+            Evidence(
+                "sbrk_base + system_mem of the main arena is the end of top, to the byte",
+                "malloc_par and malloc_state",
+                Strength.PROOF,
+                ring.main,
+            )
+        )
+    return facts

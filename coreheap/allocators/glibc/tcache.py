@@ -1,0 +1,143 @@
+"""tcache structures: recognising one, and finding those of threads that run or ran.
+
+Knows: what a tcache_perthread_struct must look like under a layout. Does not know: which layout is right, nor what the
+cached blocks are in the chunk index (``overlay``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from coreheap.allocators.glibc.locate import mapped_writable
+from coreheap.allocators.glibc.records import Layout, TcacheState, read_tcache
+from coreheap.allocators.glibc.structures import TcacheKey
+from coreheap.corefile import AddressSpace, Core
+from coreheap.errors import MemoryFault
+from coreheap.heap import ChunkTable
+from coreheap.kernels import ChunkState
+
+TCACHES_BY_STRUCTURE_LIMIT = 1 << 16
+TCACHE_NODES_SAMPLED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """One tcache structure: payload address, owner (None: no running thread), and what it says."""
+
+    address: int
+    thread: int | None
+    state: TcacheState
+
+
+def is_tcache(memory: AddressSpace, layout: Layout, address: int) -> bool:
+    """Whether a tcache structure may be at a payload address: its chunk's size, and counts that agree with the lists."""
+    word_class = layout.word_class
+    sizes = layout.tcache_chunk_bytes
+    if not sizes or address % word_class.alignment:
+        return False
+    if not bool(mapped_writable(memory, np.array([address], dtype=np.uint64))[0]):
+        return False
+    try:
+        size_word = memory.read_word(address - word_class.word_bytes)
+        if size_word & ~7 not in sizes or size_word & 2:
+            return False
+        state = read_tcache(memory, address, layout)
+    except MemoryFault:
+        return False
+    return counts_agree(layout, state)
+
+
+def counts_agree(layout: Layout, state: TcacheState) -> bool:
+    """Whether the counts of a tcache structure go with its list heads.
+
+    Up to 2.41 a count is 0 exactly where the list is empty. From 2.42 empty lists have all slots free, which is the
+    most that any count says, and lists with blocks have fewer.
+    """
+    has_entry = state.entries != 0
+    aligned = bool((state.entries % np.uint64(layout.word_class.alignment) == 0).all())
+    if not layout.generation.tcache_counts_free_slots:
+        return aligned and bool(((state.counts > 0) == has_entry).all())
+    most = int(state.counts.max())
+    return (
+        aligned
+        and (most > 0 or bool(has_entry.all()))
+        and bool((has_entry | (state.counts == most)).all())
+        and not bool((has_entry & (state.counts == most)).any() and not has_entry.all())
+    )
+
+
+def links_of_tcache(
+    memory: AddressSpace, layout: Layout, entries: npt.NDArray[np.uint64], owner: int
+) -> tuple[int, int]:
+    """Of the first nodes of each list: how many next pointers decode to aligned memory (or the end), and how many were read."""
+    word_class, good, seen = layout.word_class, 0, 0
+    key = layout.generation.tcache_key
+    for head in entries[entries != 0].tolist():
+        node, steps = int(head), 0
+        while node and steps < TCACHE_NODES_SAMPLED:
+            steps += 1
+            try:
+                stored = memory.read_word(node)
+                second = memory.read_word(node + word_class.word_bytes)
+            except MemoryFault:
+                break
+            following = stored ^ (node >> 12) if layout.generation.safe_linking else stored
+            seen += 1
+            fits = following % word_class.alignment == 0 and (
+                following == 0 or bool(mapped_writable(memory, np.array([following], np.uint64))[0])
+            )
+            if key is TcacheKey.STRUCT_ADDRESS:
+                fits = fits and second == owner
+            elif key is TcacheKey.RANDOM_WORD:
+                fits = fits and second != owner
+            good += fits
+            if not fits:
+                break
+            node = following
+    return good, seen
+
+
+def caches_of_threads(core: Core, layout: Layout, addresses: npt.NDArray[np.uint64]) -> list[Cache]:
+    """The tcache of each thread that has one; ``addresses`` by thread index, 0 for none."""
+    caches = []
+    for thread, address in enumerate(addresses.tolist()):
+        cache = cache_at(core, layout, address, thread) if address else None
+        if cache is not None:
+            caches.append(cache)
+    return caches
+
+
+def cache_at(core: Core, layout: Layout, address: int, thread: int | None) -> Cache | None:
+    """The tcache structure at a payload address; None where it is not one (the dummy of 2.43+) or was not saved."""
+    if not is_tcache(core.memory, layout, address):
+        return None
+    try:
+        return Cache(address, thread, read_tcache(core.memory, address, layout))
+    except MemoryFault:
+        return None
+
+
+def caches_by_structure(core: Core, layout: Layout, chunks: ChunkTable) -> list[Cache]:
+    """tcache structures among chunks in use, by size and content, for when TLS is not in the core.
+
+    Only those that hold blocks: their lists prove them. An empty one looks like any zeroed block of its size.
+    """
+    caches = []
+    sizes = np.array(layout.tcache_chunk_bytes, np.uint64)
+    for batch in chunks.batches():
+        if batch.is_mmapped:
+            continue
+        fits = np.isin(batch.chunk_bytes, sizes) & (batch.state == ChunkState.IN_USE)
+        for address in batch.payload_address[fits][:TCACHES_BY_STRUCTURE_LIMIT].tolist():
+            cache = cache_at(core, layout, address, None)
+            if cache is None or not cache.state.entries.any():
+                continue
+            good, seen = links_of_tcache(core.memory, layout, cache.state.entries, address)
+            if good == seen:
+                caches.append(cache)
+        if len(caches) >= TCACHES_BY_STRUCTURE_LIMIT:
+            break
+    return caches

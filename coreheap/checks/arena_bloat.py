@@ -1,0 +1,106 @@
+"""ARENA-BLOAT: many arenas, each reserving 64 MiB at a time, that hold little."""
+
+from __future__ import annotations
+
+from coreheap.checks.protocol import Case
+from coreheap.evidence import Evidence, Strength, confidence_from
+from coreheap.heap import ChunkState, HeapSnapshot
+from coreheap.quantities import GIB, MIB, format_bytes
+from coreheap.report import Finding, Quantity, Severity, Unit
+
+ARENAS_WORTH_A_WORD = 8
+"""Non-main arenas from which the number itself is a question; 8 is glibc's arena_test on 64-bit."""
+
+RESERVED_PER_USED = 16
+"""Reserved bytes for each byte in use from which reservation counts as bloat. A single full sub-heap has about 1."""
+
+FREE_SHARE = 0.5
+"""Share of committed memory that is free from which committed memory counts as bloat."""
+
+WARNING_FREE_BYTES = 64 * MIB
+WARNING_RESERVED_BYTES = 1 * GIB
+
+
+def findings(case: Case) -> tuple[Finding, ...]:
+    """At most one finding over all non-main arenas."""
+    heap = case.heap
+    if heap is None:
+        return ()
+    arenas = [arena for arena in heap.arenas if not arena.is_main]
+    if len(arenas) < ARENAS_WORTH_A_WORD:
+        return ()
+    sub_heaps = [sub_heap for arena in arenas for sub_heap in arena.sub_heaps]
+    reserved = sum(sub_heap.reserved_bytes for sub_heap in sub_heaps)
+    committed = sum(sub_heap.committed_bytes for sub_heap in sub_heaps)
+    in_use = sum(arena.bytes_in(ChunkState.IN_USE, ChunkState.ALLOCATOR_OWN) for arena in arenas)
+    free = sum(
+        arena.bytes_in(
+            ChunkState.TCACHE,
+            ChunkState.FASTBIN,
+            ChunkState.UNSORTED_BIN,
+            ChunkState.SMALL_BIN,
+            ChunkState.LARGE_BIN,
+            ChunkState.TOP,
+            ChunkState.FREE_UNLISTED,
+        )
+        for arena in arenas
+    )
+    if reserved < RESERVED_PER_USED * max(in_use, 1) and free < FREE_SHARE * committed:
+        return ()
+    without_thread = sum(not arena.threads for arena in arenas)
+    threads = len(case.core.threads)
+    severe = free >= WARNING_FREE_BYTES or reserved >= WARNING_RESERVED_BYTES
+    return (
+        Finding(
+            code="ARENA-BLOAT",
+            severity=Severity.WARNING if severe else Severity.INFO,
+            confidence=confidence_from(_evidence(heap, len(arenas), len(sub_heaps), committed)),
+            subject=f"{len(arenas)} non-main arenas",
+            quantities=(
+                Quantity("arenas", len(arenas), Unit.COUNT),
+                Quantity("sub_heaps", len(sub_heaps), Unit.COUNT),
+                Quantity("reserved_bytes", reserved, Unit.BYTES),
+                Quantity("committed_bytes", committed, Unit.BYTES),
+                Quantity("in_use_bytes", in_use, Unit.BYTES),
+                Quantity("free_bytes", free, Unit.BYTES),
+                Quantity("arenas_without_thread", without_thread, Unit.COUNT),
+                Quantity("threads", threads, Unit.COUNT),
+                Quantity("arena_limit", heap.narenas_limit, Unit.COUNT),
+                Quantity("arena_limit_reason", heap.limit_reason, Unit.TEXT),
+            ),
+            evidence=_evidence(heap, len(arenas), len(sub_heaps), committed),
+            next_steps=(
+                "set MALLOC_ARENA_MAX=2 (or the tunable glibc.malloc.arena_max) and restart; threads then share arenas"
+                " and may wait for each other's locks: compare throughput",
+                "on a live process compare the 64 MiB blocks in pmap -x PID: RSS, not the mapped size, is what counts",
+                "malloc_trim(0), called in the process, gives back whole free pages of every arena (glibc 2.8+)",
+            ),
+            weakened_by=(
+                "reserved address space costs no memory by itself; only committed pages that were touched do",
+                *(gap.consequence for gap in heap.gaps),
+            ),
+        ),
+    )
+
+
+def _evidence(heap: HeapSnapshot, arenas: int, sub_heaps: int, committed: int) -> tuple[Evidence, ...]:
+    covered = all(arena.coverage == 1.0 for arena in heap.arenas if not arena.is_main)
+    return (
+        Evidence(
+            f"{sub_heaps} sub-heaps of {arenas} arenas commit {format_bytes(committed)}",
+            "sub-heap headers",
+            Strength.PROOF if covered else Strength.SOLID,
+        ),
+        *(
+            ()
+            if covered
+            else (
+                Evidence(
+                    "not every sub-heap could be walked to its end",
+                    "chunk walk",
+                    Strength.HINT,
+                    speaks_against=True,
+                ),
+            )
+        ),
+    )

@@ -1,0 +1,35 @@
+"""What a check is: one question about a process, answered by findings.
+
+A check reads plain values and returns plain values. It prints nothing and raises nothing on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from coreheap.corefile import Core
+from coreheap.evidence import Gap
+from coreheap.heap import HeapSnapshot
+from coreheap.report import Finding, LedgerNode
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Everything that checks may look at. ``heap`` is None where no glibc heap was found.
+
+    ``gaps`` are all gaps of the core and of the heap together.
+    """
+
+    core: Core
+    heap: HeapSnapshot | None
+    ledger: LedgerNode
+    gaps: tuple[Gap, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One question: its name for progress and defects, and the function that answers it."""
+
+    name: str
+    findings: Callable[[Case], tuple[Finding, ...]]

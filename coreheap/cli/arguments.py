@@ -1,0 +1,333 @@
+"""From the words of a command line to a ``Request``.
+
+Knows: commands, options and their help. Does not know: what a command does. Nothing heavy is imported here, so that
+``--help`` and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NoReturn
+
+from rich_argparse import RawDescriptionRichHelpFormatter
+
+from coreheap.errors import UsageError
+from coreheap.quantities import parse_bytes
+
+SEVERITIES = ("info", "warning", "error")
+"""Equal to ``report.Severity``, which is not imported for the sake of speed; a test compares them."""
+
+CHUNK_STATES = (
+    "in_use",
+    "tcache",
+    "fastbin",
+    "unsorted_bin",
+    "small_bin",
+    "large_bin",
+    "top",
+    "fencepost",
+    "allocator_own",
+    "free_unlisted",
+    "damaged",
+)
+"""Equal to the labels of ``heap.ChunkState``; a test compares them."""
+
+TABLE_COMMANDS = ("arenas", "heaps", "chunks", "bins", "threads")
+
+
+class OutputFormat(Enum):
+    """How the result is written."""
+
+    TEXT = "text"
+    JSON = "json"
+    CSV = "csv"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for. None means: not said.
+
+    ``verbosity`` is 0, more with -v, less with -q. ``states`` are labels of chunk states; byte limits apply to
+    chunk_bytes and are inclusive.
+    """
+
+    command: str
+    core: str
+    output: str | None = None
+    format: OutputFormat = OutputFormat.TEXT
+    color: bool = True
+    verbosity: int = 0
+    executable: str | None = None
+    sysroot: str | None = None
+    debug_directories: tuple[str, ...] = ()
+    top: int | None = None
+    fail_on: str | None = None
+    strict: bool = False
+    states: tuple[str, ...] = ()
+    arena: int | None = None
+    min_bytes: int | None = None
+    max_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    summary: str
+    description: str
+    examples: tuple[tuple[str, str], ...]
+
+
+_COMMANDS = {
+    "analyze": _Command(
+        "the verdict and the whole report",
+        "Says where the memory of the dumped process went, what malloc's heaps looked like, and what stands out.",
+        (
+            ("coreheap analyze core.1234", "the report for people"),
+            ("coreheap analyze core.1234.zst --json -o report.json", "the whole report for programs"),
+            ("coreheap analyze core.1234 --sysroot ./customer-root --fail-on error", "libraries from elsewhere"),
+        ),
+    ),
+    "arenas": _Command(
+        "one row an arena: what it holds and what is in use",
+        "Lists malloc's arenas, those that hold most memory first.",
+        (
+            ("coreheap arenas core.1234", "the largest arenas"),
+            ("coreheap arenas core.1234 --csv -o arenas.csv", "all arenas, all columns"),
+            ("coreheap arenas core.1234 --json | jq .system_mem", "JSON lines for scripts"),
+        ),
+    ),
+    "heaps": _Command(
+        "one row a sub-heap, or a piece of the main arena",
+        "Lists the stretches of memory that arenas consist of: sub-heaps of 64 MiB, and the main arena's own pieces.",
+        (
+            ("coreheap heaps core.1234", "the largest stretches"),
+            ("coreheap heaps core.1234 --top 200", "more of them"),
+            ("coreheap heaps core.1234 --json", "all, as JSON lines"),
+        ),
+    ),
+    "chunks": _Command(
+        "every malloc chunk, filtered by state, arena and size",
+        "Lists malloc's chunks: the largest as a table, or all of them as CSV or JSON lines.",
+        (
+            ("coreheap chunks core.1234 --state in_use --top 20", "the 20 largest chunks in use"),
+            ("coreheap chunks core.1234 --csv -o chunks.csv", "every chunk"),
+            ("coreheap chunks core.1234 --arena 3 --min-bytes 1MiB --json", "the large ones of arena 3"),
+        ),
+    ),
+    "bins": _Command(
+        "one row a free list: tcache, fastbins, bins",
+        "Lists the free lists that hold chunks, those with most bytes first.",
+        (
+            ("coreheap bins core.1234", "where the free memory is listed"),
+            ("coreheap bins core.1234 --csv", "every list, empty ones too"),
+        ),
+    ),
+    "threads": _Command(
+        "one row a thread: its arena and its tcache",
+        "Lists the threads with the arena that each uses and what its tcache holds.",
+        (
+            ("coreheap threads core.1234", "who uses which arena"),
+            ("coreheap threads core.1234 --json | jq 'select(.arena == 3)'", "the threads of one arena"),
+        ),
+    ),
+}
+
+_EXIT_CODES = (
+    "  0   done",
+    "  1   findings at or above --fail-on",
+    "  2   usage, or the output cannot be written",
+    "  3   the input is not usable",
+    "  4   a partial result, under --strict",
+    "  70  a defect of coreheap",
+)
+
+
+class _HelpFormatter(RawDescriptionRichHelpFormatter):
+    """Help whose texts are shown as they stand: brackets in them are not markup."""
+
+    text_markup = False
+    help_markup = False
+    group_name_formatter = str.capitalize
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises ``UsageError`` instead of printing and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, next_step=f"see {self.prog} --help")
+
+
+class _ShowVersion(argparse.Action):
+    """Prints the version; looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from coreheap.analysis import tool_version
+
+        print(f"coreheap {tool_version()}")
+        parser.exit()
+
+
+def parse_arguments(words: Sequence[str]) -> Request:
+    """The request that a command line says.
+
+    Raises UsageError where it makes no sense, and SystemExit after ``--help`` and ``--version``.
+    """
+    parser = _parser()
+    if words and not words[0].startswith("-") and words[0] not in _COMMANDS and os.path.isfile(words[0]):
+        raise UsageError(
+            f"{words[0]!r} is a file, not a command",
+            expected=f"one of {', '.join(_COMMANDS)}",
+            next_step=f"coreheap analyze {words[0]}",
+        )
+    spoken = parser.parse_args(words)
+    if spoken.command is None:
+        raise UsageError("no command was given", next_step="coreheap analyze CORE, or coreheap --help")
+    return Request(
+        command=spoken.command,
+        core=spoken.core,
+        output=None if spoken.output in (None, "-") else spoken.output,
+        format=OutputFormat(spoken.format),
+        color=spoken.color and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb",
+        verbosity=spoken.verbose - spoken.quiet,
+        executable=spoken.exe,
+        sysroot=spoken.sysroot,
+        debug_directories=tuple(spoken.debug_dir),
+        top=spoken.top,
+        fail_on=getattr(spoken, "fail_on", None),
+        strict=spoken.strict,
+        states=_states(getattr(spoken, "state", ())),
+        arena=getattr(spoken, "arena", None),
+        min_bytes=getattr(spoken, "min_bytes", None),
+        max_bytes=getattr(spoken, "max_bytes", None),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="coreheap",
+        description="Reads an ELF core file and says what the native heap looked like when it was dumped.",
+        epilog="examples:\n  coreheap analyze core.1234\n  coreheap COMMAND --help\n\n" + _exit_codes("analyze"),
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands", prog="coreheap", parser_class=_Parser
+    )
+    for name, command in _COMMANDS.items():
+        examples = "".join(f"\n  {line}\n      {meaning}" for line, meaning in command.examples)
+        sub = commands.add_parser(
+            name,
+            help=command.summary,
+            description=textwrap.fill(command.description, 78),
+            epilog=f"examples:{examples}\n\n{_exit_codes(name)}",
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        _add_options(sub, name)
+    return parser
+
+
+def _exit_codes(command: str) -> str:
+    """The exit codes that a command can give, as its help says them."""
+    lines = (line for line in _EXIT_CODES if command == "analyze" or "--fail-on" not in line)
+    return "\n".join(("exit codes:", *lines))
+
+
+def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
+    parser.add_argument("core", metavar="CORE", help="the core file; .zst, .lz4, .xz and .gz are unpacked")
+    is_table = command in TABLE_COMMANDS
+    if command == "chunks":
+        _add_chunk_filters(parser)
+    result = parser.add_argument_group("result")
+    formats = ("text", "json", "csv") if is_table else ("text", "json")
+    form = result.add_mutually_exclusive_group()
+    form.add_argument("--format", choices=formats, default="text", help="how to write the result (text)")
+    json_help = "all rows as JSON lines" if is_table else "the whole report as one JSON document"
+    form.add_argument("--json", action="store_const", dest="format", const="json", help=json_help)
+    if is_table:
+        csv_help = "all rows as CSV with a header line"
+        form.add_argument("--csv", action="store_const", dest="format", const="csv", help=csv_help)
+    result.add_argument(
+        "-o", dest="output", metavar="FILE", help="write to FILE, whole or not at all (standard output)"
+    )
+    top_help = "rows to show, largest first (50)" if is_table else "arenas to show, largest first (10)"
+    result.add_argument("--top", metavar="N", type=_worded(_positive), help=top_help)
+    result.add_argument("--no-color", dest="color", action="store_false", help="no colours; NO_COLOR=1 says the same")
+    if not is_table:
+        result.add_argument("--fail-on", choices=SEVERITIES, help="exit with 1 when a finding is at least this severe")
+    result.add_argument("--strict", action="store_true", help="exit with 4 when the result is partial")
+    files = parser.add_argument_group("files of the dumped process")
+    files.add_argument("--exe", metavar="FILE", help="the executable that was running")
+    files.add_argument("--sysroot", metavar="DIR", help="where the process's libraries are, by their own paths")
+    files.add_argument(
+        "--debug-dir",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="where separate debug files are; may be given several times",
+    )
+    talk = parser.add_argument_group("messages")
+    talk.add_argument("-v", "--verbose", action="count", default=0, help="more: all lists, costs, tracebacks")
+    talk.add_argument("-q", "--quiet", action="count", default=0, help="no progress and no warnings")
+
+
+def _add_chunk_filters(parser: argparse.ArgumentParser) -> None:
+    filters = parser.add_argument_group("filters (all must hold)")
+    filters.add_argument(
+        "--state",
+        metavar="STATE",
+        action="append",
+        default=[],
+        help="only chunks of these states, separated by commas or given repeatedly: " + ", ".join(CHUNK_STATES),
+    )
+    filters.add_argument(
+        "--arena", metavar="N", type=_worded(_natural), help="only chunks of the arena with this index"
+    )
+    for option, meaning in (("--min-bytes", "at least"), ("--max-bytes", "at most")):
+        filters.add_argument(
+            option,
+            metavar="SIZE",
+            type=_worded(parse_bytes),
+            help=f"only chunks of {meaning} this many bytes, header included: 4096, 64K, 1.5MiB",
+        )
+
+
+def _worded(convert: Callable[[str], int]) -> Callable[[str], int]:
+    """``convert`` for argparse, with the message of its ValueError kept."""
+
+    def converted(text: str) -> int:
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return converted
+
+
+def _natural(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{text!r} is not a number from 0 on")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise ValueError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def _states(spoken: Sequence[str]) -> tuple[str, ...]:
+    states = [word.strip().lower().replace("-", "_") for words in spoken for word in words.split(",")]
+    for state in states:
+        if state not in CHUNK_STATES:
+            raise UsageError(
+                f"there is no chunk state {state!r}",
+                expected=f"one of {', '.join(CHUNK_STATES)}",
+                next_step="see coreheap chunks --help",
+            )
+    return tuple(dict.fromkeys(states))

@@ -1,0 +1,145 @@
+"""What each command does with a report, and which exit code follows from it.
+
+Knows: the order analyze -> render -> write. Does not know: how any of these is done.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from coreheap.cli import pipeline
+from coreheap.cli.arguments import OutputFormat, Request
+from coreheap.cli.exit_codes import ExitCode
+from coreheap.cli.messages import say_warning
+from coreheap.cli.output import Output, check_output, opened_output
+from coreheap.cli.progress import ProgressReporter, is_wanted
+from coreheap.errors import UsageError
+from coreheap.heap import ChunkState
+from coreheap.render import rows, tables
+from coreheap.report import Report, Severity
+
+if TYPE_CHECKING:
+    from coreheap.render.page import PageStyle
+
+ROWS_SHOWN = 50
+"""Rows of a table command's text, unless --top says otherwise."""
+ARENAS_SHOWN = 10
+"""Arenas in the report's text, unless --top says otherwise."""
+PLAIN_WIDTH = 80
+"""Columns of text that goes to no terminal."""
+
+_LARGEST_BY = {"arenas": "system_mem", "heaps": "committed_bytes", "bins": "chunk_bytes", "threads": "tcache_bytes"}
+
+
+def run(request: Request) -> ExitCode:
+    """Do what was asked for. Raises CoreheapError."""
+    check_output(request.output, request.core)
+    with ProgressReporter(is_wanted(request.verbosity)) as progress, pipeline.analyzed(request, progress) as report:
+        progress.close()
+        with opened_output(request.output) as output:
+            for piece in _document(report, request, output):
+                output.write(piece)
+        if request.verbosity >= 0:
+            _warn(report, request)
+        return exit_code_of(report, request)
+
+
+def exit_code_of(report: Report, request: Request) -> ExitCode:
+    """What the caller is told. A defect weighs most, then a partial result under --strict, then findings."""
+    if report.defects:
+        return ExitCode.DEFECT
+    if request.strict and report.is_partial:
+        return ExitCode.PARTIAL
+    if request.fail_on is not None:
+        limit = Severity(request.fail_on).rank
+        if any(finding.severity.rank >= limit for finding in report.findings):
+            return ExitCode.FINDINGS
+    return ExitCode.DONE
+
+
+def _warn(report: Report, request: Request) -> None:
+    """Say on standard error what the document itself does not show."""
+    for defect in report.defects:
+        say_warning(f"a part of the analysis failed, a defect of coreheap: {defect}")
+    if request.command == "analyze":
+        return
+    if report.heap is None:
+        say_warning("no glibc heap could be read from this core; coreheap analyze says why")
+    elif report.is_partial:
+        say_warning(f"partial result, {len(report.gaps)} gaps; coreheap analyze lists them")
+
+
+def _document(report: Report, request: Request, output: Output) -> Iterator[bytes | bytearray]:
+    """The document, piece by piece."""
+    if request.command == "chunks":
+        yield from _chunks(report, request, output)
+    elif request.command == "analyze":
+        yield _analysis(report, request, output)
+    else:
+        yield _table(report, request, output)
+
+
+def _analysis(report: Report, request: Request, output: Output) -> bytes:
+    if request.format is OutputFormat.JSON:
+        from coreheap.render.json_document import json_text
+
+        return json_text(report).encode()
+    from coreheap.render.terminal import report_text
+
+    return _encoded(report_text(report, _style(request, output, ARENAS_SHOWN)), output)
+
+
+def _table(report: Report, request: Request, output: Output) -> bytes:
+    table = tables.table_named(request.command, report)
+    if request.format is OutputFormat.TEXT:
+        from coreheap.render.terminal_tables import table_text
+
+        return _encoded(table_text(request.command, table, _style(request, output, ROWS_SHOWN)), output)
+    if request.top is not None:
+        table = table.largest(_LARGEST_BY[request.command], request.top)
+    text = tables.csv_text(table) if request.format is OutputFormat.CSV else tables.json_lines(table)
+    return text.encode()
+
+
+def _chunks(report: Report, request: Request, output: Output) -> Iterator[bytes | bytearray]:
+    heap = report.heap
+    arenas = heap.arenas if heap else ()
+    if heap is not None and request.arena is not None and request.arena not in {arena.index for arena in arenas}:
+        raise UsageError(
+            f"there is no arena {request.arena}",
+            expected=f"one of 0 to {len(arenas) - 1}",
+            next_step="coreheap arenas lists them",
+        )
+    states = frozenset(ChunkState[state.upper()] for state in request.states) or None
+    wanted = rows.ChunkFilter(states, request.arena, request.min_bytes, request.max_bytes)
+    found = rows.wanted_rows(heap.chunks.batches() if heap else (), arenas, wanted)
+    if request.format is OutputFormat.TEXT:
+        from coreheap.render.terminal_tables import chunks_text
+
+        largest = rows.largest_chunks(found, request.top or ROWS_SHOWN)
+        yield _encoded(chunks_text(largest, _style(request, output, ROWS_SHOWN)), output)
+        return
+    row_format = rows.RowFormat(request.format.value)
+    yield rows.header_line(row_format)
+    yield from rows.row_texts(
+        found if request.top is None else rows.largest_chunks(found, request.top).rows, row_format
+    )
+
+
+def _style(request: Request, output: Output, top: int) -> PageStyle:
+    from coreheap.render.page import PageStyle
+
+    width = shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns if output.is_terminal else PLAIN_WIDTH
+    return PageStyle(
+        width=width,
+        color=request.color and output.is_terminal,
+        encoding=output.encoding,
+        verbose=request.verbosity > 0,
+        top=request.top or top,
+    )
+
+
+def _encoded(text: str, output: Output) -> bytes:
+    return text.encode(output.encoding, "backslashreplace")

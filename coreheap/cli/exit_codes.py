@@ -1,0 +1,22 @@
+"""What the process says to its caller when it ends."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """The exit codes that pipelines hold on to; they never change their meaning."""
+
+    DONE = 0
+    FINDINGS = 1
+    """Findings at or above ``--fail-on``."""
+    USAGE = 2
+    """A command line that makes no sense, or an output that cannot be written."""
+    INPUT_NOT_USABLE = 3
+    PARTIAL = 4
+    """A partial result, under ``--strict``."""
+    DEFECT = 70
+    """A defect of coreheap itself."""
+    INTERRUPTED = 130
+    """Ended by Ctrl-C, as shells count it."""

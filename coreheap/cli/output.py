@@ -1,0 +1,177 @@
+"""Where the document goes: standard output, or a file that appears whole or not at all.
+
+Knows: pipes that are closed early, disks that are full, files that are replaced. Does not know: what is written.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO, Protocol
+
+from coreheap.errors import OutputNotWritten, UsageError
+
+
+class Output(Protocol):
+    """Takes the document, piece by piece."""
+
+    encoding: str
+    is_terminal: bool
+
+    def write(self, data: bytes | bytearray) -> None:
+        """Append to the document. Raises OutputNotWritten."""
+
+
+class _ReaderGone(Exception):
+    """Whoever read standard output has seen enough (``| head``); the rest need not be made."""
+
+
+class _Standard:
+    def __init__(self) -> None:
+        if sys.stdout is None:
+            raise OutputNotWritten("standard output is closed", next_step="name a file with -o")
+        self._file: BinaryIO = sys.stdout.buffer
+        self.encoding = sys.stdout.encoding or "utf-8"
+        self.is_terminal = sys.stdout.isatty()
+
+    def write(self, data: bytes | bytearray) -> None:
+        with self._failures_named():
+            self._file.write(data)
+
+    def finish(self) -> None:
+        with self._failures_named():
+            self._file.flush()
+
+    @contextmanager
+    def _failures_named(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            self._write_nowhere()
+            raise _ReaderGone from None
+        except OSError as error:
+            self._write_nowhere()
+            raise OutputNotWritten(
+                f"the result could not be written: {error.strerror}", where="standard output"
+            ) from None
+
+    def _write_nowhere(self) -> None:
+        """Let the interpreter's own flush at exit succeed: what is buffered goes to /dev/null."""
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nowhere, self._file.fileno())
+            finally:
+                os.close(nowhere)
+
+
+class _File:
+    encoding = "utf-8"
+    is_terminal = False
+
+    def __init__(self, file: BinaryIO, path: str) -> None:
+        self._file = file
+        self._path = path
+
+    def write(self, data: bytes | bytearray) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise _not_written(self._path, error) from None
+
+
+def check_output(path: str | None, input_path: str) -> None:
+    """Find out before the long work whether the result will have a place. None is standard output.
+
+    Raises UsageError where the name cannot be written to, or is the input's.
+    """
+    if path is None:
+        return
+    target = os.path.realpath(path)
+    with suppress(OSError):
+        if os.path.samefile(target, input_path):
+            raise UsageError(
+                "the result would replace the core file", where=path, next_step="name another file with -o"
+            )
+    if os.path.isdir(target):
+        raise UsageError("is a directory", where=path, expected="a file", next_step="name a file with -o")
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        raise UsageError("there is no such folder", where=folder, next_step="make the folder first")
+    if not _is_special(target) and not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError("you may not write to this folder", where=folder, next_step="name another one with -o")
+
+
+@contextmanager
+def opened_output(path: str | None) -> Iterator[Output]:
+    """The output to write to; ``path`` None is standard output.
+
+    A file gets its name only when everything is in it. A reader that goes away early ends the block quietly.
+    Raises OutputNotWritten.
+    """
+    if path is None:
+        standard = _Standard()
+        with suppress(_ReaderGone):
+            yield standard
+            standard.finish()
+        return
+    target = os.path.realpath(path)
+    if _is_special(target):
+        with _written_in_place(target, path) as file:
+            yield _File(file, path)
+    else:
+        with _replaced(target, path) as file:
+            yield _File(file, path)
+
+
+def _is_special(target: str) -> bool:
+    """Whether the name is a device or a named pipe, which is written to, not replaced."""
+    return os.path.exists(target) and not os.path.isfile(target)
+
+
+@contextmanager
+def _written_in_place(target: str, path: str) -> Iterator[BinaryIO]:
+    try:
+        descriptor = os.open(target, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _not_written(path, error) from None
+    with os.fdopen(descriptor, "wb", buffering=0) as file:
+        yield file
+
+
+@contextmanager
+def _replaced(target: str, path: str) -> Iterator[BinaryIO]:
+    """A new file beside ``target`` that takes its name at the end, and is removed if the block fails."""
+    folder, name = os.path.split(target)
+    temporary = os.path.join(folder, f".{name[:64]}.{secrets.token_hex(8)}.part")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise _not_written(path, error) from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            with suppress(FileNotFoundError):
+                os.fchmod(descriptor, stat.S_IMODE(os.stat(target).st_mode))
+            yield file
+            try:
+                file.flush()
+                os.fsync(descriptor)
+                os.replace(temporary, target)
+            except OSError as error:
+                raise _not_written(path, error) from None
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _not_written(path: str, error: OSError) -> OutputNotWritten:
+    return OutputNotWritten(
+        f"the result could not be written: {error.strerror}",
+        where=path,
+        next_step="name a file in a folder with room that you may write to",
+    )

@@ -1,0 +1,218 @@
+"""What a core says about its process as a whole: ids, name, signal, auxiliary vector, environment.
+
+Knows: elf_prpsinfo (include/linux/elfcore.h), siginfo_t (man 2 sigaction), auxv
+(include/uapi/linux/auxvec.h), and the initial stack of the System V ABI. Does not know: threads
+beyond the signal of the first, or modules.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from coreheap.corefile.elf import Bytes, words_in
+from coreheap.corefile.memory import AddressSpace
+from coreheap.corefile.notes import NT_AUXV, NT_PRPSINFO, NT_SIGINFO, NoteTable, text_of
+from coreheap.corefile.threads import ThreadTable
+from coreheap.errors import MemoryFault
+from coreheap.evidence import Gap
+
+AT_PHDR, AT_PAGESZ, AT_BASE, AT_ENTRY = 3, 6, 7, 9
+AT_RANDOM, AT_EXECFN, AT_SYSINFO_EHDR = 25, 31, 33
+
+AUXV_NAMES: Final[Mapping[int, str]] = {
+    3: "AT_PHDR",
+    4: "AT_PHENT",
+    5: "AT_PHNUM",
+    6: "AT_PAGESZ",
+    7: "AT_BASE",
+    8: "AT_FLAGS",
+    9: "AT_ENTRY",
+    11: "AT_UID",
+    12: "AT_EUID",
+    13: "AT_GID",
+    14: "AT_EGID",
+    15: "AT_PLATFORM",
+    16: "AT_HWCAP",
+    17: "AT_CLKTCK",
+    23: "AT_SECURE",
+    24: "AT_BASE_PLATFORM",
+    25: "AT_RANDOM",
+    26: "AT_HWCAP2",
+    27: "AT_RSEQ_FEATURE_SIZE",
+    28: "AT_RSEQ_ALIGN",
+    31: "AT_EXECFN",
+    32: "AT_SYSINFO",
+    33: "AT_SYSINFO_EHDR",
+    51: "AT_MINSIGSTKSZ",
+}
+"""include/uapi/linux/auxvec.h and arch/*/include/uapi/asm/auxvec.h."""
+
+_SIGNALS_WITH_ADDRESS: Final = frozenset((4, 5, 7, 8, 11))
+"""SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV: their siginfo has si_addr."""
+_SI_KERNEL: Final = 0x80
+_STACK_WORDS: Final = 1 << 20
+_STRING_BYTES: Final = 1 << 17
+"""MAX_ARG_STRLEN, 32 pages: no argument is longer (include/uapi/linux/binfmts.h)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _InfoLayout:
+    """Where elf_prpsinfo of a machine keeps its fields; offsets in bytes."""
+
+    uid_offset: int
+    uid_bytes: int
+    pid_offset: int
+    name_offset: int
+
+
+_INFO_LAYOUTS: Final[dict[str, _InfoLayout]] = {
+    "x86_64": _InfoLayout(16, 4, 24, 40),
+    "i386": _InfoLayout(8, 2, 12, 28),
+    "aarch64": _InfoLayout(16, 4, 24, 40),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessFacts:
+    """What the core says about the process; None and "" where it does not say it.
+
+    Text is the process's own and not escaped.
+    """
+
+    pid: int | None = None
+    parent_pid: int | None = None
+    uid: int | None = None
+    name: str = ""
+    """pr_fname: the first 15 bytes of the executable's file name."""
+    command_line: str = ""
+    """pr_psargs: the first 79 bytes of the arguments, joined with spaces."""
+    executable: str = ""
+    """Path of the program; the one that ld.so loaded where ld.so was run by name."""
+    signal: int | None = None
+    """The signal that the core was written for; None when there was none, as with gdb's gcore."""
+    signal_code: int | None = None
+    fault_address: int | None = None
+    """si_addr, only where the signal and its code give one."""
+
+
+@dataclass(frozen=True, slots=True)
+class InitialStack:
+    """Arguments and environment as the kernel laid them out when the program was started.
+
+    What the program did to its environment later is not in it; glibc reads its tunables from here.
+    """
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+def read_auxv(data: Bytes, notes: NoteTable, word_bytes: int, gaps: list[Gap]) -> dict[int, int]:
+    """type -> value of the auxiliary vector, empty when the core has none."""
+    content = notes.first(data, NT_AUXV)
+    if content is None:
+        gaps.append(Gap("auxiliary_vector_missing", "page size, program and vDSO are found otherwise"))
+        return {}
+    words = words_in(content, word_bytes).tolist()
+    entries: dict[int, int] = {}
+    for tag, value in zip(words[::2], words[1::2], strict=False):
+        if tag == 0:
+            break
+        entries.setdefault(tag, value)
+    return entries
+
+
+def read_process(data: Bytes, machine: str, notes: NoteTable, threads: ThreadTable, gaps: list[Gap]) -> ProcessFacts:
+    """What NT_PRPSINFO, NT_SIGINFO and the first NT_PRSTATUS say, without the executable's path."""
+    number, code, fault_address = _signal(data, notes, threads)
+    pid = int(threads.lwp[0]) if len(threads) else None
+    layout = _INFO_LAYOUTS[machine]
+    info = notes.first(data, NT_PRPSINFO)
+    if info is None or len(info) < layout.name_offset + 96:
+        gaps.append(Gap("process_note_missing", "the process's name and arguments are unknown"))
+        return ProcessFacts(pid=pid, signal=number, signal_code=code, fault_address=fault_address)
+    pid, parent_pid = struct.unpack_from("<ii", info, layout.pid_offset)
+    name_at = layout.name_offset
+    return ProcessFacts(
+        pid=pid,
+        parent_pid=parent_pid,
+        uid=int.from_bytes(info[layout.uid_offset : layout.uid_offset + layout.uid_bytes], "little"),
+        name=text_of(info[name_at : name_at + 16]),
+        command_line=text_of(info[name_at + 16 : name_at + 96]).rstrip(" "),
+        signal=number,
+        signal_code=code,
+        fault_address=fault_address,
+    )
+
+
+def read_initial_stack(memory: AddressSpace, auxv: Mapping[int, int]) -> InitialStack | None:
+    """Arguments and environment from the top of the main thread's stack; None when not found.
+
+    The stack holds argc, argv[], NULL, envp[], NULL, auxv[] (System V ABI, "Initial Process
+    Stack"). The auxiliary vector is found by its entry AT_RANDOM, whose value is in NT_AUXV too.
+    """
+    random = auxv.get(AT_RANDOM)
+    index = memory.region_index(random) if random is not None else None
+    if random is None or index is None:
+        return None
+    word = memory.word_bytes
+    end = random & ~(word - 1)
+    start = max(int(memory.region_start[index]), end - _STACK_WORDS * word)
+    start += -start % word
+    try:
+        words = memory.read_words(start, (end - start) // word)
+    except MemoryFault:
+        return None
+    places = np.flatnonzero((words[:-1] == AT_RANDOM) & (words[1:] == np.uint64(random)))
+    for place in reversed(places.tolist()):
+        while place >= 2 and int(words[place - 2]) in auxv:
+            place -= 2
+        zeros = np.flatnonzero(words[:place] == 0)
+        if len(zeros) < 2 or int(zeros[-1]) != place - 1:
+            continue
+        first_variable = int(zeros[-2]) + 1
+        counts = words[: first_variable - 1][::-1]
+        argument_count = np.flatnonzero(counts[:_STACK_WORDS] == np.arange(len(counts)))
+        if len(argument_count) == 0:
+            continue
+        first_argument = first_variable - 1 - int(argument_count[0])
+        arguments = words[first_argument : first_variable - 1].tolist()
+        variables = [_string(memory, at) for at in words[first_variable : place - 1].tolist()]
+        environment: dict[str, str] = {}
+        for variable in variables:
+            name, _, value = variable.partition("=")
+            environment.setdefault(name, value)
+        return InitialStack(tuple(_string(memory, at) for at in arguments), environment)
+    return None
+
+
+def _string(memory: AddressSpace, address: int) -> str:
+    try:
+        return text_of(memory.read_text(address, _STRING_BYTES))
+    except MemoryFault:
+        return ""
+
+
+def _signal(data: Bytes, notes: NoteTable, threads: ThreadTable) -> tuple[int | None, int | None, int | None]:
+    """Signal, its code and its address.
+
+    gdb writes the NT_SIGINFO of its own SIGSTOP into the core of a process that got no signal: only
+    the siginfo of the signal in NT_PRSTATUS counts.
+    """
+    number = int(threads.signal[0]) if len(threads) else 0
+    word_bytes = threads.layout.word_bytes
+    address_at = 16 if word_bytes == 8 else 12
+    info = notes.first(data, NT_SIGINFO)
+    if not number or info is None or len(info) < address_at + word_bytes:
+        return number or None, None, None
+    signal_number, _, code = struct.unpack_from("<iii", info)
+    if signal_number != number:
+        return number, None, None
+    if number in _SIGNALS_WITH_ADDRESS and 0 < code != _SI_KERNEL:
+        address = int.from_bytes(info[address_at : address_at + word_bytes], "little")
+        return number, code, address
+    return number, code, None

@@ -1,0 +1,101 @@
+"""Why a fact is believed, and what could not be known.
+
+Knows: kinds of evidence, how confidence follows from them, gaps and anomalies.
+Does not know: any allocator, and no prose beyond one sentence a fact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+from coreheap.quantities import AddressRange
+
+
+class Strength(IntEnum):
+    """How much one piece of evidence says when it stands alone."""
+
+    HINT = 1
+    """Fits, and would often fit by chance or by habit (a version string, a default value)."""
+    SOLID = 2
+    """Would rarely fit by chance (a structure whose pointers lead back to it)."""
+    PROOF = 3
+    """Cannot fit by chance (a symbol of the matching file; sums that come out to the byte)."""
+
+
+class Confidence(Enum):
+    """How sure a statement is; a pure function of its evidence, see ``confidence_from``."""
+
+    CERTAIN = "certain"
+    STRONG = "strong"
+    PLAUSIBLE = "plausible"
+    WEAK = "weak"
+
+    @property
+    def rank(self) -> int:
+        """3 for certain down to 0 for weak, for comparisons."""
+        return {"certain": 3, "strong": 2, "plausible": 1, "weak": 0}[self.value]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One observed fact that speaks for a statement, or against it.
+
+    ``statement`` is one sentence, ``source`` names where it was seen (a symbol table, the arena ring),
+    ``address`` the place in the process, None where it has none.
+    """
+
+    statement: str
+    source: str
+    strength: Strength
+    address: int | None = None
+    speaks_against: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Something that cannot be known from this core, and what follows from that.
+
+    ``range`` is None where no address range can be named. ``cause`` is a lower snake case word.
+    """
+
+    cause: str
+    consequence: str
+    range: AddressRange | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Anomaly:
+    """A place where the heap's own data contradicts itself.
+
+    ``code`` is a lower snake case word; ``address`` the place of the contradiction; ``arena`` the index of
+    the arena it was found in, None where it belongs to none.
+    """
+
+    code: str
+    address: int
+    expected: str
+    observed: str
+    arena: int | None = None
+
+
+def confidence_from(evidence: Iterable[Evidence]) -> Confidence:
+    """Confidence of a statement from all its evidence, counter-evidence included.
+
+    One proof makes certain, one solid fact strong, two hints plausible, less is weak. Counter-evidence takes
+    away as many levels as its strength. So no "certain" outlives a contradiction.
+    """
+    facts = tuple(evidence)
+    supporting = [fact.strength for fact in facts if not fact.speaks_against]
+    opposing = [fact.strength for fact in facts if fact.speaks_against]
+    if Strength.PROOF in supporting:
+        level = 3
+    elif Strength.SOLID in supporting:
+        level = 2
+    elif len(supporting) >= 2:
+        level = 1
+    else:
+        level = 0
+    level = max(0, level - sum(opposing))
+    return (Confidence.WEAK, Confidence.PLAUSIBLE, Confidence.STRONG, Confidence.CERTAIN)[level]

@@ -1,0 +1,313 @@
+"""A report as the JSON document that pipelines hold on to (``docs/report.md``, ``report.schema.json``).
+
+Knows: the document's keys, which are only ever added, and how each kind of value is written: addresses as lower-case
+hex strings, bytes and counts as integers, shares between 0 and 1, unknown as null.
+Does not know: sentences; the document has no prose of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from enum import Enum
+from importlib import resources
+
+from coreheap.evidence import Anomaly, Evidence, Gap
+from coreheap.heap import (
+    BINNED_STATES,
+    AllocatorIdentity,
+    Arena,
+    ChunkState,
+    HeapSnapshot,
+    MallocParameters,
+    StateTotal,
+    StateTotals,
+    SubHeap,
+)
+from coreheap.quantities import AddressRange, format_address
+from coreheap.render.escaping import without_surrogates
+from coreheap.render.tables import json_rows, threads_table
+from coreheap.report import CoreSummary, Finding, LedgerNode, Phase, ProcessSummary, Quantity, Report, Unit
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+SCHEMA_VERSION = "1.0"
+"""Grows in its second number when keys are added; the first would change only if a key changed its meaning."""
+
+ADDRESS_PARAMETERS = frozenset({"sbrk_base"})
+"""The fields of ``mp_`` that hold an address; all others are counts or bytes."""
+
+
+class SchemaName(Enum):
+    """The schemas that ship with coreheap."""
+
+    REPORT = "report.schema.json"
+    ROW = "row.schema.json"
+
+
+def schema_text(name: SchemaName) -> str:
+    """The text of a shipped JSON Schema (2020-12)."""
+    return resources.files("coreheap.render").joinpath(name.value).read_text(encoding="utf-8")
+
+
+def json_text(report: Report) -> str:
+    """The document as text, indented, ASCII only, with a newline at its end."""
+    return json.dumps(json_document(report), indent=2, allow_nan=False) + "\n"
+
+
+def json_document(report: Report) -> dict[str, Json]:
+    """The report as plain JSON values; the same report gives the same document."""
+    heap = report.heap
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool": {"name": "coreheap", "version": report.tool_version, "kernels": report.kernels},
+        "core": _core(report.core),
+        "process": _process(report.process),
+        "allocator": None if heap is None else _allocator(heap.identity, heap.parameters, heap),
+        "is_partial": report.is_partial,
+        "verdict": [
+            {
+                "topic": item.topic,
+                "bytes": item.bytes,
+                "of_bytes": item.of_bytes,
+                "whole": _text(item.whole),
+                "confidence": item.confidence.value,
+            }
+            for item in report.verdict
+        ],
+        "totals": _totals(report),
+        "arenas": [_arena(arena) for arena in heap.arenas] if heap else [],
+        "threads": [dict(row) for row in json_rows(threads_table(report))],
+        "leaks": None,
+        "ledger": _ledger(report.ledger),
+        "findings": [_finding(finding) for finding in report.findings],
+        "anomalies": [_anomaly(anomaly) for anomaly in report.anomalies],
+        "anomaly_count": report.anomaly_count,
+        "gaps": [_gap(gap) for gap in report.gaps],
+        "other_allocators": [_text(name) for name in report.other_allocators],
+        "defects": [_text(defect) for defect in report.defects],
+        "phases": [_phase(phase) for phase in report.phases],
+    }
+
+
+def _core(core: CoreSummary) -> Json:
+    return {
+        "path": _text(core.path),
+        "file_bytes": core.file_bytes,
+        "saved_bytes": core.saved_bytes,
+        "not_saved_bytes": core.not_saved_bytes,
+        "truncated": core.truncated,
+        "coverage": _number(core.coverage),
+        "compression": core.compression,
+        "made_by": core.made_by,
+        "segments": core.segment_count,
+    }
+
+
+def _process(process: ProcessSummary) -> Json:
+    return {
+        "pid": process.pid,
+        "command_line": _text_or_null(process.command_line),
+        "executable": _text_or_null(process.executable),
+        "architecture": process.architecture,
+        "word_bytes": process.word_bytes,
+        "page_bytes": process.page_bytes,
+        "signal": process.signal,
+        "signal_name": process.signal_name,
+        "fault_address": _address(process.fault_address),
+        "threads": process.thread_count,
+    }
+
+
+def _allocator(identity: AllocatorIdentity, parameters: MallocParameters | None, heap: HeapSnapshot) -> Json:
+    return {
+        "name": _text(identity.name),
+        "libc_version": _text_or_null(identity.libc_version),
+        "layout": _text(identity.layout),
+        "runner_up": _text_or_null(identity.runner_up),
+        "main_arena": _address(identity.main_arena),
+        "mp": _address(identity.mp),
+        "parameters": None if parameters is None else _parameters(parameters),
+        "narenas_limit": heap.narenas_limit,
+        "limit_reason": _text(heap.limit_reason) or None,
+        "evidence": _evidence(identity.evidence),
+        "confidence": identity.confidence.value,
+    }
+
+
+def _parameters(parameters: MallocParameters) -> Json:
+    return {name: _address(value) if name in ADDRESS_PARAMETERS else value for name, value in parameters.values.items()}
+
+
+def _totals(report: Report) -> Json:
+    heap = report.heap
+    if heap is None:
+        return {
+            **{state.label: None for state in ChunkState},
+            "binned": None,
+            "mmapped": None,
+            "system_mem": None,
+        }
+    return {
+        **_states(report.totals),
+        "binned": _total(_sum(report.totals, BINNED_STATES)),
+        "mmapped": {
+            "count": heap.mmapped_count,
+            "mapping_bytes": heap.mmapped_bytes,
+            "states": _states(heap.mmapped_totals),
+        },
+        "system_mem": _sum_if_known(arena.system_mem for arena in heap.arenas),
+    }
+
+
+def _states(totals: StateTotals) -> dict[str, Json]:
+    return {state.label: _total(totals.get(state, StateTotal())) for state in ChunkState}
+
+
+def _total(total: StateTotal) -> Json:
+    return {"count": total.count, "chunk_bytes": total.chunk_bytes, "usable_bytes": total.usable_bytes}
+
+
+def _sum(totals: StateTotals, states: Iterable[ChunkState]) -> StateTotal:
+    return sum((totals.get(state, StateTotal()) for state in states), StateTotal())
+
+
+def _sum_if_known(parts: Iterable[int | None]) -> int | None:
+    """The sum, or None where a part of it is unknown."""
+    known = list(parts)
+    return None if None in known else sum(part for part in known if part is not None)
+
+
+def _arena(arena: Arena) -> Json:
+    return {
+        "index": arena.index,
+        "address": _address(arena.address),
+        "is_main": arena.is_main,
+        "is_contiguous": arena.is_contiguous,
+        "system_mem": arena.system_mem,
+        "max_system_mem": arena.max_system_mem,
+        "attached_threads": arena.attached_threads,
+        "threads": list(arena.threads),
+        "locked": arena.locked,
+        "on_free_list": arena.on_free_list,
+        "top_address": _address(arena.top_address),
+        "top_bytes": arena.top_bytes,
+        "reserved_bytes": arena.reserved_bytes,
+        "saved_bytes": arena.saved_bytes,
+        "coverage": _number(arena.coverage),
+        "foreign_bytes": arena.foreign_bytes,
+        "sub_heaps": [_sub_heap(sub_heap) for sub_heap in arena.sub_heaps],
+        "states": {
+            **_states(arena.totals),
+            "binned": _total(_sum(arena.totals, BINNED_STATES)),
+        },
+        "unattributed": [{"range": _range(stretch.range), "cause": stretch.cause} for stretch in arena.unattributed],
+    }
+
+
+def _sub_heap(sub_heap: SubHeap) -> Json:
+    return {
+        "address": _address(sub_heap.address),
+        "committed_bytes": sub_heap.committed_bytes,
+        "mprotect_bytes": sub_heap.mprotect_bytes,
+        "reserved_bytes": sub_heap.reserved_bytes,
+        "overhead_bytes": sub_heap.overhead_bytes,
+        "is_first": sub_heap.is_first,
+        "saved_bytes": sub_heap.saved_bytes,
+        "populated_bytes": sub_heap.populated_bytes,
+    }
+
+
+def _ledger(node: LedgerNode) -> Json:
+    return {
+        "name": _text(node.name),
+        "bytes": node.bytes,
+        "children": [_ledger(child) for child in node.children],
+    }
+
+
+def _finding(finding: Finding) -> Json:
+    return {
+        "code": finding.code,
+        "severity": finding.severity.value,
+        "confidence": finding.confidence.value,
+        "subject": _text(finding.subject),
+        "quantities": {quantity.name: _quantity(quantity) for quantity in finding.quantities},
+        "units": {quantity.name: quantity.unit.value for quantity in finding.quantities},
+        "evidence": _evidence(finding.evidence),
+        "next_steps": [_text(step) for step in finding.next_steps],
+        "weakened_by": [_text(reason) for reason in finding.weakened_by],
+    }
+
+
+def _quantity(quantity: Quantity) -> Json:
+    value = quantity.value
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, int) and quantity.unit is Unit.ADDRESS:
+        return _address(value)
+    return _number(value)
+
+
+def _evidence(evidence: Iterable[Evidence]) -> Json:
+    return [
+        {
+            "statement": _text(fact.statement),
+            "source": _text(fact.source),
+            "strength": fact.strength.name.lower(),
+            "address": _address(fact.address),
+            "speaks_against": fact.speaks_against,
+        }
+        for fact in evidence
+    ]
+
+
+def _anomaly(anomaly: Anomaly) -> Json:
+    return {
+        "code": anomaly.code,
+        "address": _address(anomaly.address),
+        "expected": _text(anomaly.expected),
+        "observed": _text(anomaly.observed),
+        "arena": anomaly.arena,
+    }
+
+
+def _gap(gap: Gap) -> Json:
+    return {
+        "cause": gap.cause,
+        "range": None if gap.range is None else _range(gap.range),
+        "consequence": _text(gap.consequence),
+    }
+
+
+def _phase(phase: Phase) -> Json:
+    return {
+        "name": _text(phase.name),
+        "cpu_seconds": _number(phase.cpu_seconds),
+        "wall_seconds": _number(phase.wall_seconds),
+        "peak_anonymous_bytes": phase.peak_anonymous_bytes,
+    }
+
+
+def _range(addresses: AddressRange) -> Json:
+    return {"start": _address(addresses.start), "end": _address(addresses.end)}
+
+
+def _address(address: int | None) -> str | None:
+    return None if address is None else format_address(address)
+
+
+def _text(text: str) -> str:
+    return without_surrogates(text)
+
+
+def _text_or_null(text: str | None) -> str | None:
+    return None if text is None else _text(text)
+
+
+def _number(value: int | float | None) -> int | float | None:
+    """A number JSON can say; what is not finite is unknown."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,180 @@
+"""The sentences: what a verdict item and a finding say to people.
+
+Knows: one sentence for each topic and each finding code, from its quantities alone. A code or topic that is not
+known here, or one whose quantities are other than expected, gets a plain generic sentence instead of an error.
+Does not know: terminals; the sentences serve every rendering. Text out of the core is made printable here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from coreheap.evidence import Anomaly, Gap
+from coreheap.quantities import format_address, format_bytes, format_count, format_share
+from coreheap.render.escaping import printable, shortened
+from coreheap.report import Finding, Quantity, Severity, Unit, VerdictItem
+
+LONGEST_TEXT = 160
+"""Characters of one text from the core that are shown."""
+
+
+def humanized(word: str) -> str:
+    """A lower snake case word as people write it."""
+    return printable(word).replace("_", " ")
+
+
+def bytes_or_unknown(byte_count: int | None) -> str:
+    """A byte count for people; a question mark where it is unknown."""
+    return "?" if byte_count is None else format_bytes(byte_count)
+
+
+def address_or_unknown(address: int | None) -> str:
+    """An address; a question mark where it is unknown."""
+    return "?" if address is None else format_address(address)
+
+
+def share_text(share: float) -> str:
+    """A share between 0 and 1 in per cent; what is not quite all never reads as all."""
+    whole = 10**12
+    part = round(share * whole)
+    if 0 < share < 1:
+        part = min(max(part, 1), whole - 1)
+    return format_share(part, whole)
+
+
+def quantity_label(quantity: Quantity) -> str:
+    """A quantity's name for people; its value says that it is bytes."""
+    name = quantity.name.removesuffix("_bytes") if quantity.unit is Unit.BYTES else quantity.name
+    return humanized(name)
+
+
+def quantity_text(quantity: Quantity) -> str:
+    """A quantity with its unit; ``unknown`` where there is no value."""
+    value = quantity.value
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "unknown"
+    if isinstance(value, str):
+        return shortened(value, LONGEST_TEXT)
+    if quantity.unit is Unit.SHARE:
+        return share_text(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    if quantity.unit is Unit.BYTES:
+        return format_bytes(value)
+    if quantity.unit is Unit.ADDRESS:
+        return format_address(value)
+    return format_count(value)
+
+
+_VERDICTS = {
+    "in_use": "{part} of {whole} is held by live chunks: the program asked for it and has not freed it.",
+    "retained_free": "{part} of {whole} is free inside malloc: freed by the program, not given back to the system.",
+    "arena_bloat": "{part} of {whole} is reserved by arenas beyond what their chunks in use need.",
+    "mmapped_chunks": "{part} of {whole} is large blocks, each with a mapping of its own.",
+    "top": "{part} of {whole} is top chunks: room at the end of the heaps that is not handed out.",
+    "tcache": "{part} of {whole} is cached per thread in tcaches.",
+    "not_malloc": "{part} of {whole} is not malloc's: look at mappings, stacks and other allocators first.",
+    "other_allocator": "{part} of {whole} belongs to another allocator than glibc's malloc.",
+    "thread_stacks": "{part} of {whole} is thread stacks.",
+    "module_data": "{part} of {whole} is variables of the program and its libraries.",
+    "unknown": "{part} of {whole} could not be attributed to anything.",
+}
+
+_WHOLES = {"writable_private": "writable private memory", "malloc": "memory that malloc holds"}
+
+
+def verdict_sentence(item: VerdictItem) -> str:
+    """One answer to "where did the memory go"."""
+    sentence = _VERDICTS.get(item.topic, "{part} of {whole}: {topic}.")
+    part = format_bytes(item.bytes)
+    if item.of_bytes > 0:
+        part += f" ({format_share(item.bytes, item.of_bytes)})"
+    return sentence.format(
+        part=part,
+        whole=f"the {format_bytes(item.of_bytes)} of {_WHOLES.get(item.whole, humanized(item.whole))}",
+        topic=humanized(item.topic),
+    )
+
+
+class _Shown:
+    """A finding's quantities as texts by name; a missing one raises KeyError, and the generic sentence takes over."""
+
+    def __init__(self, finding: Finding) -> None:
+        self._by_name = {quantity.name: quantity for quantity in finding.quantities}
+
+    def __getitem__(self, name: str) -> str:
+        return quantity_text(self._by_name[name])
+
+
+def _arena_bloat(shown: _Shown) -> str:
+    return (
+        f"{shown['arenas']} arenas beside the main one reserve {shown['reserved_bytes']} of address space and took "
+        f"{shown['committed_bytes']} of it, of which {shown['in_use_bytes']} is in use and {shown['free_bytes']} free."
+    )
+
+
+def _retained_free(shown: _Shown) -> str:
+    return (
+        f"{shown['free_bytes']} ({shown['free_share']}) of what malloc's arenas hold is free: the program gave it "
+        "back to malloc, malloc did not give it back to the system."
+    )
+
+
+def _partial_core(shown: _Shown) -> str:
+    return (
+        f"The file holds {shown['file_coverage']} of what its headers promise, and {shown['heap_bytes_not_attributed']} "
+        "of heap could not be walked: the numbers cover what was saved."
+    )
+
+
+def _allocator_abort(shown: _Shown) -> str:
+    return f"glibc itself stopped the process: {shown['message']}"
+
+
+def _other_allocator(shown: _Shown) -> str:
+    if shown["allocator"] == "unknown":
+        return "No heap of glibc's malloc was found in this core."
+    if shown["glibc_heap_nearly_empty"] == "true":
+        return (
+            f"{shown['allocator']} is loaded and glibc's heap is nearly empty ({shown['glibc_in_use_bytes']} in use): "
+            f"look for the memory in {shown['allocator']}, not here."
+        )
+    return f"{shown['allocator']} is loaded beside a glibc heap that is in use; its blocks are not in these tables."
+
+
+_FINDINGS: dict[str, Callable[[_Shown], str]] = {
+    "ARENA-BLOAT": _arena_bloat,
+    "RETAINED-FREE": _retained_free,
+    "PARTIAL-CORE": _partial_core,
+    "ALLOCATOR-ABORT": _allocator_abort,
+    "OTHER-ALLOCATOR": _other_allocator,
+}
+
+_SEVERITY_WORDS = {Severity.INFO: "Noted", Severity.WARNING: "Look at", Severity.ERROR: "Serious"}
+
+
+def finding_sentence(finding: Finding) -> str:
+    """What a finding says, in one sentence."""
+    maker = _FINDINGS.get(finding.code)
+    if maker is not None:
+        try:
+            return maker(_Shown(finding))
+        except KeyError:
+            pass  # The check names its quantities otherwise: the generic sentence still says what it is about.
+    return f"{_SEVERITY_WORDS[finding.severity]}: {shortened(finding.subject, LONGEST_TEXT)}."
+
+
+def gap_sentence(gap: Gap) -> str:
+    """What cannot be known, and what follows."""
+    place = "" if gap.range is None else f" at {gap.range} ({format_bytes(gap.range.byte_count)})"
+    return f"{humanized(gap.cause)}{place}: {shortened(gap.consequence, 2 * LONGEST_TEXT)}"
+
+
+def anomaly_sentence(anomaly: Anomaly) -> str:
+    """Where the heap's own data contradicts itself."""
+    arena = "" if anomaly.arena is None else f" (arena {anomaly.arena})"
+    return (
+        f"{humanized(anomaly.code)} at {format_address(anomaly.address)}{arena}: "
+        f"expected {shortened(anomaly.expected, LONGEST_TEXT)}, found {shortened(anomaly.observed, LONGEST_TEXT)}"
+    )

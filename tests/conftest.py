@@ -1,0 +1,59 @@
+"""What every test may use: the ``tests`` package, and tools that are demanded by name.
+
+Tests run against the installed coreheap (``--import-mode=importlib`` keeps the checkout off sys.path), so the shared
+helpers of this folder are made importable as ``tests.…`` here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+
+if "tests" not in sys.modules:
+    _package = types.ModuleType("tests")
+    _package.__path__ = [str(TESTS)]
+    sys.modules["tests"] = _package
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write what was made over the golden files")
+
+
+def require_tool(name: str, remedy: str) -> str:
+    """The path of a program that a test needs.
+
+    Where it is missing the test is skipped and says how to get it; under CI=true it fails, so nothing is skipped there.
+    """
+    path = shutil.which(name)
+    if path is not None:
+        return path
+    reason = f"{name} is missing; to run this test: {remedy}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(name="require_tool")
+def _require_tool() -> Callable[[str, str], str]:
+    return require_tool
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """``golden(name, text)``: the text is what tests/golden/name holds; ``pytest --update-golden`` writes it."""
+
+    def check(name: str, text: str) -> None:
+        path = TESTS / "golden" / name
+        if request.config.getoption("--update-golden"):
+            path.write_text(text, encoding="utf-8")
+        assert text == path.read_text(encoding="utf-8"), f"{path} differs; --update-golden accepts the new text"
+
+    return check

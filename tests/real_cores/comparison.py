@@ -1,0 +1,155 @@
+"""Holds a report against the truth of the process it is about, to the block and to the byte.
+
+Every function returns a list of differences in words, empty when there is none, so that a test shows all of them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coreheap.heap import BINNED_STATES, Arena, ChunkState, HeapSnapshot
+from coreheap.report import LedgerNode, Report
+from tests.real_cores.truth import HeapInfo, Truth
+
+Addresses = NDArray[np.uint64]
+SHOWN = 5
+
+
+def payloads(heap: HeapSnapshot, *states: ChunkState) -> Addresses:
+    """Payload addresses of all chunks in the given states, mmapped ones included, sorted."""
+    wanted = np.array([int(state) for state in states], np.uint8)
+    parts = [batch.payload_address[np.isin(batch.state, wanted)] for batch in heap.chunks.batches()]
+    return np.sort(np.concatenate([np.zeros(0, np.uint64), *parts]))
+
+
+def usable_bytes_at(heap: HeapSnapshot, addresses: Addresses) -> NDArray[np.uint64]:
+    """Usable bytes of the chunks with these sorted payload addresses; 0 where there is no such chunk."""
+    usable = np.zeros(len(addresses), np.uint64)
+    for batch in heap.chunks.batches():
+        position = np.searchsorted(addresses, batch.payload_address)
+        position = np.minimum(position, max(len(addresses) - 1, 0))
+        if len(addresses):
+            hit = addresses[position] == batch.payload_address
+            usable[position[hit]] = batch.usable_bytes[hit]
+    return usable
+
+
+def set_difference(name: str, found: Addresses, truth: Addresses) -> list[str]:
+    """Blocks that only one side has, a few of them named."""
+    result = []
+    for who, addresses in (
+        ("only coreheap has", np.setdiff1d(found, truth)),
+        ("only the process had", np.setdiff1d(truth, found)),
+    ):
+        if len(addresses):
+            shown = ", ".join(hex(address) for address in addresses[:SHOWN].tolist())
+            result.append(f"{name}: {who} {len(addresses)} blocks: {shown}")
+    return result
+
+
+def compare_sets(heap: HeapSnapshot, truth: Truth) -> list[str]:
+    """In use, cached and allocator-own blocks against what the process knew."""
+    own = np.concatenate([truth.tcache_payload_address, truth.orphan_tcache_payload_address])
+    cached = np.concatenate([truth.cached_payload_address, truth.orphan_cached_payload_address])
+    differences = [
+        *set_difference("in use", payloads(heap, ChunkState.IN_USE), truth.live_payload_address),
+        *set_difference("allocator's own", payloads(heap, ChunkState.ALLOCATOR_OWN), np.sort(own)),
+        *set_difference("tcache", payloads(heap, ChunkState.TCACHE), np.sort(cached)),
+    ]
+    usable = usable_bytes_at(heap, truth.live_payload_address)
+    short = truth.live_requested_bytes > usable
+    if short.any():
+        address = int(truth.live_payload_address[short][0])
+        differences.append(f"{int(short.sum())} live blocks are larger than usable_bytes: {address:#x}")
+    return differences
+
+
+def compare_arena(arena: Arena, truth: HeapInfo) -> list[str]:
+    """One arena against malloc_info.
+
+    malloc_info adds up raw size words for binned chunks: each counts one byte more, its PREV_INUSE bit (which is always
+    set there); the top chunk is added without flags (malloc.c, __malloc_info, 2.31-2.44).
+    """
+    free = [*BINNED_STATES, ChunkState.TOP]
+    binned_count = sum(arena.totals[state].count for state in BINNED_STATES)
+    pairs = {
+        "system_mem": (arena.system_mem, truth.system_current),
+        "max_system_mem": (arena.max_system_mem, truth.system_max),
+        "fast count": (arena.totals[ChunkState.FASTBIN].count, truth.fast.count),
+        "fast bytes": (arena.totals[ChunkState.FASTBIN].chunk_bytes, truth.fast.bytes),
+        "rest count": (sum(arena.totals[state].count for state in free), truth.rest.count),
+        "rest bytes": (arena.bytes_in(*free) + binned_count, truth.rest.bytes),
+        "unsorted count": (
+            arena.totals[ChunkState.UNSORTED_BIN].count,
+            truth.unsorted.count if truth.unsorted else 0,
+        ),
+    }
+    if not arena.is_main:
+        pairs["sub-heaps"] = (len(arena.sub_heaps), truth.subheaps)
+        committed = sum(heap.committed_bytes for heap in arena.sub_heaps)
+        mprotect = sum(heap.mprotect_bytes for heap in arena.sub_heaps)
+        pairs["aspace total"] = (committed, truth.aspace_total)
+        pairs["aspace mprotect"] = (mprotect, truth.aspace_mprotect)
+    return [
+        f"arena {arena.index}: {name} is {found}, the process said {said}"
+        for name, (found, said) in pairs.items()
+        if found != said
+    ]
+
+
+def compare_malloc_info(heap: HeapSnapshot, truth: Truth) -> list[str]:
+    """Every arena and the mmapped chunks against malloc_info; arenas are numbered along the ring on both sides."""
+    info = truth.malloc_info
+    if info is None:
+        return ["the truth has no malloc_info"]
+    differences = []
+    if len(heap.arenas) != len(info.heaps):
+        differences.append(f"{len(heap.arenas)} arenas, the process had {len(info.heaps)}")
+    for arena, said in zip(heap.arenas, info.heaps, strict=False):
+        differences += compare_arena(arena, said)
+    if (heap.mmapped_count, heap.mmapped_bytes) != (info.mmap.count, info.mmap.bytes):
+        differences.append(
+            f"mmapped: {heap.mmapped_count} of {heap.mmapped_bytes} bytes, the process had"
+            f" {info.mmap.count} of {info.mmap.bytes}"
+        )
+    return differences
+
+
+def ledger_errors(node: LedgerNode) -> list[str]:
+    """Nodes that are not the sum of their children, negative bytes, and anything unexplained."""
+    errors = []
+    if node.children and node.bytes != sum(child.bytes for child in node.children):
+        errors.append(f"{node.name}: {node.bytes} is not the sum of its children")
+    if node.bytes < 0:
+        errors.append(f"{node.name}: {node.bytes}")
+    if node.name == "unexplained" and node.bytes:
+        errors.append(f"unexplained: {node.bytes}")
+    for child in node.children:
+        errors += ledger_errors(child)
+    return errors
+
+
+def mapped_bytes(truth: Truth) -> int:
+    """Bytes of all mappings in the process's own /proc/self/maps."""
+    total = 0
+    for line in truth.maps.splitlines():
+        start, _, end = line.split()[0].partition("-")
+        total += int(end, 16) - int(start, 16)
+    return total
+
+
+def compare_all(report: Report, truth: Truth) -> list[str]:
+    """Everything that must hold on an intact core."""
+    heap = report.heap
+    if heap is None:
+        return ["no heap was found"]
+    differences = [
+        *compare_sets(heap, truth),
+        *compare_malloc_info(heap, truth),
+        *ledger_errors(report.ledger),
+    ]
+    differences += [f"anomaly {anomaly}" for anomaly in report.anomalies]
+    differences += [f"gap {gap}" for gap in heap.gaps]
+    differences += [f"defect {defect}" for defect in report.defects]
+    return differences

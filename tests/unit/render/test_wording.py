@@ -1,0 +1,58 @@
+"""Sentences: one for every code that the checks know, and a plain one for those that are new."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from coreheap.evidence import Confidence
+from coreheap.quantities import GIB, MIB
+from coreheap.render.wording import finding_sentence, quantity_text, verdict_sentence
+from coreheap.report import Finding, Quantity, Unit, VerdictItem
+from tests.unit.report_samples import finding
+
+
+def said(code: str, *quantities: Quantity) -> str:
+    return finding_sentence(dataclasses.replace(finding(code), quantities=quantities))
+
+
+def test_known_codes_have_sentences_of_their_own() -> None:
+    message = Quantity("message", "free(): invalid pointer\x1b[2J", Unit.TEXT)
+    assert said("ALLOCATOR-ABORT", message) == "glibc itself stopped the process: free(): invalid pointer\\x1b[2J"
+    assert "323 MiB (80.3 %)" in finding_sentence(finding("RETAINED-FREE"))
+    assert finding_sentence(finding("ARENA-BLOAT")).startswith("12 arenas beside the main one reserve 768 MiB")
+
+
+@pytest.mark.parametrize("code", ["NEVER-HEARD-OF", "ALLOCATOR-ABORT", "PARTIAL-CORE"])
+def test_unknown_codes_and_quantities_get_a_plain_sentence(code: str) -> None:
+    nameless: Finding = finding(code)
+    assert finding_sentence(nameless) == "Look at: 12 non-main arenas."
+
+
+@pytest.mark.parametrize(
+    ("quantity", "text"),
+    [
+        (Quantity("x", None, Unit.BYTES), "unknown"),
+        (Quantity("x", 1536, Unit.BYTES), "1.50 KiB"),
+        (Quantity("x", 1234567, Unit.COUNT), "1,234,567"),
+        (Quantity("x", 0.5, Unit.SHARE), "50.0 %"),
+        (Quantity("x", 1, Unit.SHARE), "100.0 %"),
+        (Quantity("x", 1 - 1e-16, Unit.SHARE), ">99.9 %"),
+        (Quantity("x", 1e-300, Unit.SHARE), "<0.1 %"),
+        (Quantity("x", 0.0, Unit.SHARE), "0.0 %"),
+        (Quantity("x", float("inf"), Unit.SHARE), "unknown"),
+        (Quantity("x", 0x7F00, Unit.ADDRESS), "0x7f00"),
+        (Quantity("x", 2.5, Unit.COUNT), "2.5"),
+        (Quantity("x", "a\nb", Unit.TEXT), "a\\nb"),
+    ],
+)
+def test_quantities_carry_their_unit(quantity: Quantity, text: str) -> None:
+    assert quantity_text(quantity) == text
+
+
+def test_verdicts_name_part_and_whole() -> None:
+    item = VerdictItem("retained_free", 512 * MIB, GIB, "malloc_memory", Confidence.CERTAIN)
+    assert verdict_sentence(item).startswith("512 MiB (50.0 %) of the 1.00 GiB of malloc memory is free inside malloc")
+    unknown = VerdictItem("page_cache", 1, 0, "whole {0} %s", Confidence.WEAK)
+    assert verdict_sentence(unknown) == "1 B of the 0 B of whole {0} %s: page cache."

@@ -1,0 +1,412 @@
+"""Reports built by hand, for tests of renderings and of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from coreheap.evidence import Anomaly, Confidence, Evidence, Gap, Strength
+from coreheap.heap import (
+    NO_INDEX,
+    AllocatorIdentity,
+    Arena,
+    ChunkBatch,
+    ChunkRegion,
+    ChunkState,
+    ChunkTable,
+    FreeList,
+    HeapSnapshot,
+    MallocParameters,
+    RegionKind,
+    StateTotal,
+    StateTotals,
+    SubHeap,
+    ThreadCache,
+    UnattributedRange,
+    sum_of_totals,
+)
+from coreheap.quantities import GIB, KIB, MIB, AddressRange
+from coreheap.report import (
+    CoreSummary,
+    Finding,
+    LedgerNode,
+    Phase,
+    ProcessSummary,
+    Quantity,
+    Report,
+    Severity,
+    ThreadSummary,
+    Unit,
+    VerdictItem,
+)
+
+HOSTILE = "\x1b[31mred\x1b[0m [bold]x[/bold] \u202eevil\u202c\nnext\rline\x00\udc80 ]0;t\x07 {a} %s"
+"""Text as a hostile core may hold it: colours, markup, bidirectional overrides, newlines, undecodable bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleChunks:
+    """Stands in for ``ChunkTable``: gives the batches it was made of."""
+
+    parts: tuple[ChunkBatch, ...]
+    regions: tuple[ChunkRegion, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def batches(self) -> Iterator[ChunkBatch]:
+        return iter(self.parts)
+
+
+def batch(
+    start: int,
+    sizes: list[int],
+    states: list[int],
+    *,
+    arena: int = 0,
+    sub_heap: int = NO_INDEX,
+    is_mmapped: bool = False,
+    first_chunk: int = 0,
+) -> ChunkBatch:
+    """A batch of chunks that tile the memory from ``start`` on."""
+    chunk_bytes = np.array(sizes, dtype=np.uint64)
+    header = np.uint64(start) + np.concatenate((np.zeros(1, np.uint64), np.cumsum(chunk_bytes)[:-1]))
+    return ChunkBatch(
+        first_chunk,
+        header,
+        header + np.uint64(16),
+        chunk_bytes,
+        chunk_bytes - np.uint64(16 if is_mmapped else 8),
+        np.array(states, dtype=np.uint8),
+        arena,
+        sub_heap,
+        is_mmapped,
+    )
+
+
+def totals(**parts: tuple[int, int]) -> StateTotals:
+    """Totals by state label, each (count, chunk_bytes); usable is what the size words leave."""
+    made = {state: StateTotal() for state in ChunkState}
+    for label, (count, chunk_bytes) in parts.items():
+        usable = 0 if label == "fencepost" else chunk_bytes - 8 * count
+        made[ChunkState[label.upper()]] = StateTotal(count, chunk_bytes, usable)
+    return made
+
+
+def sub_heap(address: int, committed: int, *, is_first: bool) -> SubHeap:
+    return SubHeap(address, committed, committed, 64 * MIB, 2232 if is_first else 48, is_first, committed, None)
+
+
+def main_arena() -> Arena:
+    return Arena(
+        index=0,
+        address=0x7F3A5BFF1C80,
+        is_main=True,
+        is_contiguous=True,
+        locked=False,
+        attached_threads=1,
+        threads=(0,),
+        on_free_list=False,
+        system_mem=12 * MIB,
+        max_system_mem=14 * MIB,
+        top_address=0x5599E0A1F000,
+        top_bytes=132 * KIB,
+        sub_heaps=(),
+        regions=(0,),
+        totals=totals(
+            in_use=(40_000, 8 * MIB),
+            tcache=(120, 20 * KIB),
+            fastbin=(300, 24 * KIB),
+            unsorted_bin=(1, 64 * KIB),
+            small_bin=(900, 1 * MIB),
+            large_bin=(12, 2 * MIB),
+            top=(1, 132 * KIB),
+            allocator_own=(1, 656),
+        ),
+        unattributed=(),
+        brk_range=None,
+        foreign_bytes=0,
+        saved_bytes=12 * MIB,
+        coverage=1.0,
+    )
+
+
+def thread_arena(index: int, threads: tuple[int, ...] = (), **changes: object) -> Arena:
+    address = 0x7F3A10000000 + index * 64 * MIB
+    arena = Arena(
+        index=index,
+        address=address + 48,
+        is_main=False,
+        is_contiguous=False,
+        locked=index == 2,
+        attached_threads=len(threads),
+        threads=threads,
+        on_free_list=not threads,
+        system_mem=(40 - index) * MIB,
+        max_system_mem=60 * MIB,
+        top_address=address + 39 * MIB,
+        top_bytes=1 * MIB - index * 16,
+        sub_heaps=(sub_heap(address, (40 - index) * MIB, is_first=True),),
+        regions=(index,),
+        totals=totals(
+            in_use=(1_000 * index, index * MIB),
+            tcache=(7, 560),
+            large_bin=(3, (36 - index) * MIB),
+            top=(1, 1 * MIB - index * 16),
+        ),
+        unattributed=(),
+        brk_range=None,
+        foreign_bytes=0,
+        saved_bytes=(40 - index) * MIB,
+        coverage=1.0,
+    )
+    return dataclasses.replace(arena, **changes)  # type: ignore[arg-type]
+
+
+def identity() -> AllocatorIdentity:
+    return AllocatorIdentity(
+        name="glibc ptmalloc2",
+        libc_version="2.36",
+        layout="glibc-2.27..2.42 64-bit",
+        runner_up="glibc-2.23..2.26 64-bit (score 0.12 against 0.99)",
+        main_arena=0x7F3A5BFF1C80,
+        mp=0x7F3A5BFF1700,
+        evidence=(
+            Evidence("symbol main_arena", "symbol table of libc.so.6", Strength.PROOF, 0x7F3A5BFF1C80),
+            Evidence("12 of 12 sub-heaps lead into the ring", "sub-heap headers", Strength.SOLID),
+            Evidence("the version banner was not saved", "libc data", Strength.HINT, speaks_against=True),
+        ),
+        confidence=Confidence.STRONG,
+    )
+
+
+def heap(arenas: tuple[Arena, ...], parts: tuple[ChunkBatch, ...] = ()) -> HeapSnapshot:
+    regions = []
+    for arena in arenas:
+        kind = RegionKind.BRK if arena.is_main else RegionKind.ARENA_HEAP
+        start = 0x5599E0000000 if arena.is_main else arena.sub_heaps[0].address
+        end = start + (arena.system_mem or 0)
+        sub = NO_INDEX if arena.is_main else 0
+        regions.append(ChunkRegion(arena.index, kind, arena.index, sub, AddressRange(start, end), 0, 10, arena.totals))
+    return HeapSnapshot(
+        identity=identity(),
+        parameters=MallocParameters(
+            0x7F3A5BFF1700, "2.35", {"trim_threshold": 131072, "mmap_threshold": 4 * MIB, "sbrk_base": 0x5599E0000000}
+        ),
+        arenas=arenas,
+        chunks=cast(ChunkTable, SampleChunks(parts, tuple(regions))),
+        free_lists=(
+            FreeList(ChunkState.TCACHE, 0, None, 0, 32, 32, 7, 224, 7),
+            FreeList(ChunkState.FASTBIN, 1, 0, None, 48, 48, 0, 0),
+            FreeList(ChunkState.UNSORTED_BIN, 1, 0, None, 32, 1 << 27, 1, 65536),
+            FreeList(ChunkState.LARGE_BIN, 64, 1, None, 1024, 1087, 3, 3072, None, "cycle", 0x7F3A14000010),
+        ),
+        thread_caches=(ThreadCache(0, 0x5599E0000010, 0, 0, 120, 20 * KIB),),
+        narenas_limit=64,
+        limit_reason="8 CPUs",
+        anomalies=(),
+        anomaly_count=0,
+        gaps=(),
+        totals=sum_of_totals(arena.totals for arena in arenas),
+        mmapped_totals=totals(in_use=(3, 24 * MIB)),
+        mmapped_count=3,
+        mmapped_bytes=24 * MIB,
+    )
+
+
+def ledger() -> LedgerNode:
+    arenas = LedgerNode.of(
+        "malloc_arenas",
+        LedgerNode.of(
+            "chunks",
+            LedgerNode("in_use", 60 * MIB),
+            LedgerNode("tcache", 12 * KIB),
+            LedgerNode("large_bin", 390 * MIB),
+            LedgerNode("top", 11 * MIB),
+        ),
+        LedgerNode("sub_heap_reserve", 300 * MIB),
+        LedgerNode("unexplained", 0),
+    )
+    modules = LedgerNode.of(
+        "modules", *(LedgerNode(f"lib{number}.so", (number + 1) * 100 * KIB) for number in range(16))
+    )
+    return LedgerNode.of(
+        "address_space",
+        arenas,
+        LedgerNode("mmapped_chunks", 24 * MIB),
+        LedgerNode("thread_stacks", 96 * MIB),
+        modules,
+        LedgerNode("other_anonymous", 1 * GIB),
+    )
+
+
+def finding(code: str = "ARENA-BLOAT", severity: Severity = Severity.WARNING) -> Finding:
+    return Finding(
+        code=code,
+        severity=severity,
+        confidence=Confidence.STRONG,
+        subject="12 non-main arenas",
+        quantities=(
+            Quantity("arenas", 12, Unit.COUNT),
+            Quantity("reserved_bytes", 768 * MIB, Unit.BYTES),
+            Quantity("committed_bytes", 402 * MIB, Unit.BYTES),
+            Quantity("in_use_bytes", 78 * MIB, Unit.BYTES),
+            Quantity("free_bytes", 323 * MIB, Unit.BYTES),
+            Quantity("free_share", 0.8034, Unit.SHARE),
+            Quantity("largest_arena_address", 0x7F3A14000030, Unit.ADDRESS),
+            Quantity("arena_limit", None, Unit.COUNT),
+            Quantity("arena_limit_reason", "MALLOC_ARENA_MAX is not set", Unit.TEXT),
+        ),
+        evidence=(
+            Evidence("12 sub-heaps of 12 arenas commit 402 MiB", "sub-heap headers", Strength.PROOF, 0x7F3A14000000),
+            Evidence("not every sub-heap could be walked to its end", "chunk walk", Strength.HINT, None, True),
+        ),
+        next_steps=(
+            "set MALLOC_ARENA_MAX=2 and restart; threads then share arenas and may wait for each other's locks",
+            "call malloc_trim(0) in the process",
+        ),
+        weakened_by=("reserved address space costs no memory by itself",),
+    )
+
+
+def report(**changes: object) -> Report:
+    """A process with 13 arenas, of which most is retained; ``changes`` replace fields."""
+    arenas = (main_arena(), *(thread_arena(index, (index,) if index % 2 else ()) for index in range(1, 13)))
+    parts = (
+        batch(0x5599E0000290, [32, 48, 64, 4096], [0, 1, 0, 5]),
+        batch(0x7F3A140008C0, [1040, 80, 32], [0, 2, 6], arena=1, sub_heap=0, first_chunk=4),
+        batch(0x7F3A60000000, [135168, 4198400], [0, 0], arena=NO_INDEX, is_mmapped=True, first_chunk=7),
+    )
+    snapshot = heap(arenas, parts)
+    made = Report(
+        tool_version="0.1.0",
+        kernels="compiled",
+        core=CoreSummary("core.4242", 700 * MIB, 650 * MIB, False, 1.0, None, "kernel", 321, 50 * MIB),
+        process=ProcessSummary(
+            4242, "/usr/sbin/serviced --workers 12", "/usr/sbin/serviced", "x86_64", 8, 4096, 6, "SIGABRT", None, 13
+        ),
+        threads=tuple(
+            ThreadSummary(
+                number,
+                4242 + number,
+                0,
+                0x7FFC00000000 - number * MIB,
+                0x7F3A5BE00000,
+                0x7F3A5BD00000,
+                number if number % 2 or not number else None,
+                number or None,
+                7,
+                560,
+            )
+            for number in range(13)
+        ),
+        heap=snapshot,
+        totals=sum_of_totals(iter((snapshot.totals, snapshot.mmapped_totals))),
+        ledger=ledger(),
+        findings=(finding("RETAINED-FREE", Severity.INFO), finding()),
+        verdict=(
+            VerdictItem("retained_free", 402 * MIB, 480 * MIB, "malloc_memory", Confidence.CERTAIN),
+            VerdictItem("not_malloc", 1 * GIB, 2 * GIB, "address_space", Confidence.PLAUSIBLE),
+        ),
+        anomalies=(Anomaly("size_not_aligned", 0x7F3A14001230, "a multiple of 16", "0x4141414141414141", 1),),
+        anomaly_count=1,
+        gaps=(
+            Gap("not_saved", "chunks of arena 3 behind it are unknown", AddressRange(0x7F3A1C400000, 0x7F3A1C600000)),
+            Gap("no_executable", "types cannot be named"),
+        ),
+        phases=(Phase("read the core", 0.013, 0.02, 24 * MIB), Phase("walk the heap", 0.2, 0.21, None)),
+        is_partial=True,
+    )
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def small_report() -> Report:
+    """One thread, one arena, nothing to complain about."""
+    arenas = (main_arena(),)
+    return report(
+        heap=dataclasses.replace(heap(arenas), mmapped_count=0, mmapped_bytes=0, mmapped_totals={}),
+        totals=main_arena().totals,
+        threads=(),
+        findings=(),
+        verdict=(VerdictItem("in_use", 8 * MIB, 12 * MIB, "malloc_memory", Confidence.CERTAIN),),
+        anomalies=(),
+        anomaly_count=0,
+        gaps=(),
+        is_partial=False,
+    )
+
+
+def heapless_report() -> Report:
+    """A core without any glibc heap that could be read."""
+    return report(
+        heap=None,
+        totals={},
+        threads=(),
+        findings=(
+            dataclasses.replace(
+                finding("OTHER-ALLOCATOR"),
+                subject="jemalloc",
+                quantities=(
+                    Quantity("allocator", "jemalloc", Unit.TEXT),
+                    Quantity("glibc_in_use_bytes", 0, Unit.BYTES),
+                    Quantity("glibc_heap_nearly_empty", "true", Unit.TEXT),
+                ),
+            ),
+        ),
+        verdict=(),
+        anomalies=(),
+        anomaly_count=0,
+        other_allocators=("jemalloc",),
+    )
+
+
+def damaged_report() -> Report:
+    """Unknown values everywhere they are allowed, and hostile text everywhere text can stand."""
+    arena = thread_arena(
+        1,
+        address=None,
+        is_contiguous=None,
+        locked=None,
+        attached_threads=None,
+        on_free_list=None,
+        system_mem=None,
+        max_system_mem=None,
+        top_address=None,
+        top_bytes=None,
+        coverage=None,
+        unattributed=(UnattributedRange(AddressRange(0x7F3A14100000, 0x7F3A14200000), "not_saved"),),
+    )
+    bad = dataclasses.replace(
+        identity(), name=HOSTILE, libc_version=HOSTILE, layout=HOSTILE, runner_up=None, main_arena=None, mp=None
+    )
+    return report(
+        tool_version="0.1.0",
+        core=CoreSummary(HOSTILE, 1, 1, True, 0.25, "zstd", "unknown", 1, 3),
+        process=ProcessSummary(None, HOSTILE, HOSTILE, "x86_64", 8, 4096, None, None, 0xDEAD0000, 0),
+        threads=(ThreadSummary(0, 1, None, None, None, None, None, None, None, None),),
+        heap=dataclasses.replace(heap((arena,)), identity=bad, parameters=None, narenas_limit=None),
+        totals=arena.totals,
+        ledger=LedgerNode.of(HOSTILE, LedgerNode(HOSTILE, 5), LedgerNode("rest", 7)),
+        findings=(
+            Finding(
+                "UNHEARD-OF",
+                Severity.ERROR,
+                Confidence.WEAK,
+                HOSTILE,
+                (Quantity("text", HOSTILE, Unit.TEXT), Quantity("nan", float("nan"), Unit.SHARE)),
+                (Evidence(HOSTILE, HOSTILE, Strength.HINT),),
+                (HOSTILE,),
+                (HOSTILE,),
+            ),
+        ),
+        verdict=(VerdictItem("unheard_of", 5, 0, HOSTILE, Confidence.WEAK),),
+        anomalies=tuple(Anomaly("bad_" + str(number), number, HOSTILE, HOSTILE) for number in range(25)),
+        anomaly_count=90_000,
+        gaps=(Gap("cut", HOSTILE),),
+        phases=(Phase(HOSTILE, float("inf"), 0.0, None),),
+        defects=(HOSTILE,),
+    )

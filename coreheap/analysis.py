@@ -69,7 +69,7 @@ def analyze(core: Core, options: AnalysisOptions | None = None) -> Report:
         totals=_totals(heap),
         ledger=ledger,
         findings=findings,
-        verdict=_verdict(ledger, heap),
+        verdict=_verdict(core, ledger, heap, findings),
         anomalies=heap.anomalies if heap else (),
         anomaly_count=heap.anomaly_count if heap else 0,
         gaps=(*gaps, *(Gap("check_failed", defect) for defect in defects)),
@@ -207,12 +207,21 @@ def _totals(heap: HeapSnapshot | None) -> StateTotals:
     return sum_of_totals(iter((heap.totals, heap.mmapped_totals) if heap else ()))
 
 
-def _verdict(ledger: LedgerNode, heap: HeapSnapshot | None) -> tuple[VerdictItem, ...]:
+def _verdict(
+    core: Core, ledger: LedgerNode, heap: HeapSnapshot | None, findings: tuple[Finding, ...]
+) -> tuple[VerdictItem, ...]:
     """Where the writable private memory went, the largest part first."""
+    another_is_used = any(
+        finding.code == "OTHER-ALLOCATOR" and finding.quantity("glibc_heap_nearly_empty") == "true"
+        for finding in findings
+    )
+    elsewhere = "other_allocator" if another_is_used else "not_malloc"
+    if heap is None and core.memory.writable_bytes_not_saved():
+        elsewhere = "unknown"
     parts: dict[str, int] = {
         "thread_stacks": ledger.child("thread_stacks").bytes,
         "module_data": ledger.child("module_data").bytes + ledger.child("module_bss").bytes,
-        "not_malloc": ledger.child("other_anonymous").bytes,
+        elsewhere: ledger.child("other_anonymous").bytes,
     }
     confidence = heap.identity.confidence if heap else Confidence.WEAK
     if heap is not None:
@@ -220,9 +229,10 @@ def _verdict(ledger: LedgerNode, heap: HeapSnapshot | None) -> tuple[VerdictItem
         parts["in_use"] = sum(heap.totals[state].chunk_bytes for state in (ChunkState.IN_USE, ChunkState.ALLOCATOR_OWN))
         parts["retained_free"] = sum(heap.totals[state].chunk_bytes for state in free)
         parts["mmapped_chunks"] = heap.mmapped_bytes
-        parts["unknown"] = heap.totals[ChunkState.DAMAGED].chunk_bytes + sum(
+        missing = heap.totals[ChunkState.DAMAGED].chunk_bytes + sum(
             part.range.byte_count for arena in heap.arenas for part in arena.unattributed
         )
+        parts["unknown"] = parts.get("unknown", 0) + missing
     whole = sum(parts.values())
     items = [
         VerdictItem(topic, byte_count, whole, "writable_private", confidence)

@@ -13,9 +13,14 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 TESTS = Path(__file__).resolve().parent
+
+# How long an example takes depends on the machine; no test judges time.
+hypothesis.settings.register_profile("coreheap", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("coreheap")
 
 if "tests" not in sys.modules:
     _package = types.ModuleType("tests")

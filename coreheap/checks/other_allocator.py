@@ -6,13 +6,11 @@ import re
 from dataclasses import dataclass
 
 from coreheap.checks.protocol import Case
-from coreheap.corefile import Backing
 from coreheap.evidence import Evidence, Strength, confidence_from
 from coreheap.heap import ChunkState
 from coreheap.quantities import format_bytes
 from coreheap.report import Finding, Quantity, Severity, Unit
 
-WRITE = 2
 NEARLY_EMPTY_SHARE = 0.1
 """glibc's share of writable private memory below which another loaded allocator is taken for the real one."""
 
@@ -79,7 +77,7 @@ def findings(case: Case) -> tuple[Finding, ...]:
                 )
             )
         result.append(_finding(allocator.name, evidence, in_use, elsewhere, nearly_empty))
-    if not loaded and heap is None and not _is_memory_missing(case):
+    if not loaded and heap is None and not case.core.memory.writable_bytes_not_saved():
         result.append(
             _finding(
                 "unknown",
@@ -96,13 +94,6 @@ def findings(case: Case) -> tuple[Finding, ...]:
             )
         )
     return tuple(result)
-
-
-def _is_memory_missing(case: Case) -> bool:
-    """Whether writable memory was left out of the core, so that not finding a heap says nothing."""
-    memory = case.core.memory
-    writable = (memory.region_flags & WRITE) != 0
-    return bool((writable & (memory.region_backing != Backing.SAVED)).any())
 
 
 def _finding(name: str, evidence: list[Evidence], in_use: int, elsewhere: int, nearly_empty: bool) -> Finding:

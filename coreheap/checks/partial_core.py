@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from coreheap.checks.protocol import Case
-from coreheap.corefile import Backing
 from coreheap.evidence import Evidence, Strength, confidence_from
 from coreheap.quantities import format_bytes
 from coreheap.report import Finding, Quantity, Severity, Unit
-
-WRITE = 2
 
 
 def findings(case: Case) -> tuple[Finding, ...]:
     """One finding when the file is cut, or when memory that the heap needs was not saved."""
     core, heap = case.core, case.heap
     heap_gaps = heap.gaps if heap else ()
-    memory = core.memory
-    left_out = ((memory.region_flags & WRITE) != 0) & (memory.region_backing != Backing.SAVED)
-    left_out_bytes = int((memory.region_end[left_out] - memory.region_start[left_out]).sum())
+    left_out_bytes = core.memory.writable_bytes_not_saved()
     if not core.truncated and not heap_gaps and (heap is not None or not left_out_bytes):
         return ()
     unattributed = sum(

@@ -102,6 +102,11 @@ class AddressSpace:
         """Bytes of the process that the core holds."""
         return int((self.run_end - self.run_start).sum())
 
+    def writable_bytes_not_saved(self) -> int:
+        """Bytes of writable memory that the core should or could hold and does not."""
+        missing = ((self.region_flags & 2) != 0) & (self.region_backing != Backing.SAVED)
+        return int((self.region_end[missing] - self.region_start[missing]).sum())
+
     @property
     def region_count(self) -> int:
         return len(self.region_start)

@@ -6,6 +6,8 @@ Knows: the order of the page and what fits 80 columns. Does not know: how anythi
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from rich.table import Table
 from rich.text import Text
 
@@ -25,7 +27,8 @@ from coreheap.render.wording import (
     quantity_label,
     quantity_text,
     share_text,
-    verdict_sentence,
+    verdict_text,
+    verdict_whole,
 )
 from coreheap.report import Finding, LedgerNode, Report, Severity, Unit
 
@@ -96,10 +99,19 @@ def _verdict(page: Page, report: Report) -> None:
     page.heading("Verdict")
     if not report.verdict:
         page.bullet("Nothing can be said about where the memory went.", indent=1)
-    for number, item in enumerate(report.verdict, start=1):
-        line = Text(verdict_sentence(item))
-        line.append(f" [{item.confidence.value}]", style=CONFIDENCE_STYLES[item.confidence] or None)
-        page.bullet(line, sign=f"{number}.", indent=1)
+    for whole, items in groupby(report.verdict, verdict_whole):
+        page.add(f" {whole}")
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(justify="right")
+        table.add_column(justify="right", style="bold")
+        for item in items:
+            table.add_row(
+                f" {format_share(item.bytes, item.of_bytes):>7}",
+                format_bytes(item.bytes),
+                verdict_text(item),
+                Text(item.confidence.value, style=CONFIDENCE_STYLES[item.confidence]),
+            )
+        page.add(table)
     counts = [
         f"{count} {severity.value}"
         for severity in sorted(Severity, key=lambda severity: -severity.rank)
@@ -318,7 +330,7 @@ def _anomalies(page: Page, report: Report) -> None:
 
 def _allocator(page: Page, heap: HeapSnapshot) -> None:
     identity = heap.identity
-    version = f" of glibc {printable(identity.libc_version)}" if identity.libc_version else ""
+    version = f" {printable(identity.libc_version)}" if identity.libc_version else ""
     page.heading("How the heap was found", identity.confidence.value)
     page.add(
         f"{printable(identity.name)}{version}, layout {printable(identity.layout)}; "

@@ -68,33 +68,27 @@ def quantity_text(quantity: Quantity) -> str:
 
 
 _VERDICTS = {
-    "in_use": "{part} of {whole} is held by live chunks: the program asked for it and has not freed it.",
-    "retained_free": "{part} of {whole} is free inside malloc: freed by the program, not given back to the system.",
-    "arena_bloat": "{part} of {whole} is reserved by arenas beyond what their chunks in use need.",
-    "mmapped_chunks": "{part} of {whole} is large blocks, each with a mapping of its own.",
-    "top": "{part} of {whole} is top chunks: room at the end of the heaps that is not handed out.",
-    "tcache": "{part} of {whole} is cached per thread in tcaches.",
-    "not_malloc": "{part} of {whole} is not malloc's: look at mappings, stacks and other allocators first.",
-    "other_allocator": "{part} of {whole} belongs to another allocator than glibc's malloc.",
-    "thread_stacks": "{part} of {whole} is thread stacks.",
-    "module_data": "{part} of {whole} is variables of the program and its libraries.",
-    "unknown": "{part} of {whole} could not be attributed to anything.",
+    "in_use": "live chunks: asked for and not freed",
+    "retained_free": "free inside malloc: freed, kept by malloc",
+    "mmapped_chunks": "large live blocks, each in a mapping of its own",
+    "not_malloc": "other anonymous memory, not glibc malloc's",
+    "other_allocator": "outside glibc's heap: the other allocator's place",
+    "thread_stacks": "thread stacks",
+    "module_data": "variables of the program and its libraries",
+    "unknown": "unknown: missing from the core, or damaged",
 }
 
 _WHOLES = {"writable_private": "writable private memory", "malloc": "memory that malloc holds"}
 
 
-def verdict_sentence(item: VerdictItem) -> str:
-    """One answer to "where did the memory go"."""
-    sentence = _VERDICTS.get(item.topic, "{part} of {whole}: {topic}.")
-    part = format_bytes(item.bytes)
-    if item.of_bytes > 0:
-        part += f" ({format_share(item.bytes, item.of_bytes)})"
-    return sentence.format(
-        part=part,
-        whole=f"the {format_bytes(item.of_bytes)} of {_WHOLES.get(item.whole, humanized(item.whole))}",
-        topic=humanized(item.topic),
-    )
+def verdict_whole(item: VerdictItem) -> str:
+    """What an item is a part of: a line above all items of one whole."""
+    return f"Of {format_bytes(item.of_bytes)} of {_WHOLES.get(item.whole, humanized(item.whole))}:"
+
+
+def verdict_text(item: VerdictItem) -> str:
+    """What an item's bytes are."""
+    return _VERDICTS.get(item.topic, humanized(item.topic))
 
 
 class _Shown:

@@ -71,6 +71,9 @@ def survey_arenas(core: Core, found: Identification) -> ArenaSurvey:
                 known.add(header.ar_ptr)
                 addresses.append(header.ar_ptr)
     states = {address: _state(core, address, found.layout, gaps) for address in addresses}
+    headers: dict[int, dict[int, HeapInfo]] = {}
+    for header in found.headers:
+        headers.setdefault(header.ar_ptr, {})[header.address] = header
     free_list = _free_list(states, found)
     arenas: list[ArenaFacts] = []
     if found.ring.main is None:
@@ -83,7 +86,8 @@ def survey_arenas(core: Core, found: Identification) -> ArenaSurvey:
             else:
                 arenas.append(_main_arena(core, found, state, free_list, gaps))
         else:
-            arenas.append(_other_arena(core, found, address, state, len(arenas), free_list, anomalies, gaps))
+            by_header = headers.get(address, {})
+            arenas.append(_other_arena(core, found, address, state, len(arenas), by_header, free_list, anomalies, gaps))
     return ArenaSurvey(tuple(arenas), tuple(anomalies), tuple(gaps))
 
 
@@ -173,12 +177,12 @@ def _other_arena(
     address: int,
     state: ArenaState | None,
     index: int,
+    by_header: dict[int, HeapInfo],
     free_list: dict[int, bool],
     anomalies: list[Anomaly],
     gaps: list[Gap],
 ) -> ArenaFacts:
     chain = _chain(core, found, state, index, anomalies, gaps) if state is not None else {}
-    by_header = {header.address: header for header in found.headers if header.ar_ptr == address}
     complete = state is not None and sum(heap.size for heap in chain.values()) == state.system_mem
     if not complete:
         chain = {**by_header, **chain}

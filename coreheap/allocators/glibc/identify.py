@@ -27,6 +27,7 @@ from coreheap.allocators.glibc.records import (
 )
 from coreheap.allocators.glibc.tcache import counts_agree, is_tcache, links_of_tcache
 from coreheap.allocators.glibc.threads import ThreadWords, find_thread_words
+from coreheap.allocators.glibc.version import LibcVersion, libc_version
 from coreheap.corefile import AddressSpace, Core
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Evidence, Strength
@@ -36,6 +37,7 @@ from coreheap.quantities import format_address
 ARENA_ACCEPTED = 0.9
 """Share of an arena's invariants that must hold before a place counts as an arena at all."""
 
+ARENAS_SAMPLED = 64
 TCACHES_SAMPLED = 16
 # Weights of the parts of a generation's score; each part's share is between 0 and 1.
 WEIGHTS = {"arenas": 8.0, "sub-heaps": 4.0, "parameters": 4.0, "tcache": 4.0, "links": 2.0}
@@ -56,6 +58,7 @@ class Identification:
     alternatives: tuple[str, ...]
     runner_up: str | None
     evidence: tuple[Evidence, ...]
+    libc_version: LibcVersion | None = None
 
 
 def layouts_for(core: Core) -> tuple[Layout, ...]:
@@ -114,6 +117,11 @@ def arena_score(memory: AddressSpace, state: ArenaState, layout: Layout) -> floa
     return 0.5 * bins_share + 0.5 * sum(checks) / len(checks)
 
 
+def sampled(members: tuple[int, ...]) -> tuple[int, ...]:
+    """Members of a ring, evenly spread and no more than twice ARENAS_SAMPLED: enough to judge a layout by."""
+    return members[:: max(1, len(members) // ARENAS_SAMPLED)]
+
+
 def _heap_max_candidates(core: Core, layout: Layout) -> tuple[int, ...]:
     """Heap maxima to try: the default, and 4 x each huge page size that hugetlb settings allow (2.35-2.41)."""
     default = layout.word_class.default_heap_max
@@ -157,16 +165,45 @@ def identify(core: Core) -> Identification | None:
         candidates = [candidate for layout in layouts if (candidate := _without_arenas(search, layout)) is not None]
     if not candidates:
         return None
-    candidates.sort(key=lambda candidate: -candidate.score)
+    version = libc_version(core)
+    # Of equal scores the one that the banner names comes first; a banner never beats a better score.
+    candidates.sort(key=lambda candidate: (-candidate.score, not _names(candidate, version)))
     best = candidates[0]
     # Generations whose differences leave no trace in this core score alike; the report names them all.
-    tied = [other for other in candidates[1:] if other.score > best.score - 1e-9]
+    tied = [
+        other
+        for other in candidates[1:]
+        if other.score > best.score - 1e-9 and _names(other, version) == _names(best, version)
+    ]
     behind = next((other for other in candidates if other.score <= best.score - 1e-9), None)
     return replace(
         best,
         alternatives=tuple(other.layout.generation.name for other in tied),
+        libc_version=version,
+        evidence=(*best.evidence, *_version_evidence(best, version)),
         runner_up=(
             f"{behind.layout.generation.name} ({behind.score:.2f} against {best.score:.2f})" if behind else None
+        ),
+    )
+
+
+def _names(candidate: Identification, version: LibcVersion | None) -> bool:
+    """Whether a generation has the banner's release, as a tag or as a branch."""
+    if version is None:
+        return False
+    return any(release.partition("-")[0] == version.release for release in candidate.layout.generation.releases)
+
+
+def _version_evidence(best: Identification, version: LibcVersion | None) -> tuple[Evidence, ...]:
+    if version is None:
+        return ()
+    agrees = _names(best, version)
+    return (
+        Evidence(
+            f"libc calls itself {version}" + ("" if agrees else ", whose tag has another layout"),
+            version.source,
+            Strength.HINT,
+            speaks_against=not agrees,
         ),
     )
 
@@ -234,17 +271,16 @@ def _identification(
             continue
         ring = locate.ring_from(memory, sighting.address, layout, heap_max)
         covered.update(ring.members)
-        scores = [score_of(member) for member in ring.members]
-        known = [score for score in scores if score >= 0]
-        if not known or min(known) < ARENA_ACCEPTED:
+        known = [score for member in sampled(ring.members) if (score := score_of(member)) >= 0]
+        # Damage in some arenas must not hide the others; a ring of mostly something else is not one.
+        if 2 * sum(score >= ARENA_ACCEPTED for score in known) <= len(known):
             continue
         key = (len(ring.members), ring.is_closed, sum(known) / len(known))
         if key > best_key:
             best_ring, best_key, best_evidence = ring, key, [sighting.evidence]
     if best_ring is None:
         return None
-    readable = [member for member in best_ring.members if score_of(member) >= 0]
-    parts = {"arenas": sum(score_of(member) for member in readable) / len(readable)}
+    parts = {"arenas": best_key[2]}
     evidence = [*best_evidence, locate.describe_ring(best_ring)]
     sub_heap_share, sub_heap_evidence = _sub_heap_score(memory, layout, best_ring, headers)
     if sub_heap_share is not None:
@@ -318,8 +354,8 @@ def _with_threads(
     if words.arena_hits:
         evidence.append(
             Evidence(
-                f"the word at thread pointer {words.arena_offset:+#x} is an arena in {words.arena_hits} threads and 0"
-                " in the others",
+                f"the word at thread pointer {words.arena_offset:+#x} is an arena in {words.arena_hits} of"
+                f" {int(words.known.sum())} threads and 0 in the others",
                 "thread-local storage",
                 Strength.SOLID,
             )
@@ -350,15 +386,16 @@ def _sub_heap_score(
     committed: dict[int, int] = {}
     for header in headers:
         committed[header.ar_ptr] = committed.get(header.ar_ptr, 0) + header.size
+    places = {header.address + layout.heap_info_bytes for header in headers}
+    system_mem_offset = layout.state.offset("system_mem")
     held = asked = 0
     for address in ring.others:
         try:
-            state = read_arena(memory, address, layout)
+            system_mem = memory.read_word(address + system_mem_offset)
         except MemoryFault:
             continue
         asked += 1
-        in_place = any(header.address + layout.heap_info_bytes == address for header in headers)
-        held += in_place and committed.get(address) == state.system_mem
+        held += address in places and committed.get(address) == system_mem
     evidence = Evidence(
         f"sub-heap sizes add up to system_mem, to the byte, in {held} of {asked} arenas",
         "sub-heap headers",

@@ -18,10 +18,9 @@ from coreheap.allocators.glibc.records import (
     HeapInfo,
     Layout,
     heap_info_is_plausible,
-    read_arena,
     read_heap_info,
 )
-from coreheap.corefile import AddressSpace, Core
+from coreheap.corefile import AddressSpace, Backing, Core
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Evidence, Strength
 from coreheap.kernels import (
@@ -106,8 +105,8 @@ def sub_heap_headers(core: Core, layout: Layout, heap_max: int) -> tuple[HeapInf
     The first four fields are alike in all releases (2.12-2.44), so the layout decides nothing here.
     """
     memory = core.memory
-    writable = (memory.region_flags & WRITABLE) != 0
-    start, end = memory.region_start[writable], memory.region_end[writable]
+    saved = ((memory.region_flags & WRITABLE) != 0) & (memory.region_backing == Backing.SAVED)
+    start, end = memory.region_start[saved], memory.region_end[saved]
     first = (start + np.uint64(heap_max - 1)) & ~np.uint64(heap_max - 1)
     hit = (first < end) & (first >= start)
     headers = []
@@ -132,15 +131,16 @@ def ring_from(memory: AddressSpace, start: int, layout: Layout, heap_max: int) -
     members: list[int] = []
     seen: set[int] = set()
     address, is_closed = start, False
+    next_offset = layout.state.offset("next")
     while len(members) < FREE_LIST_LIMIT:
         if address in seen:
             is_closed = address == start
             break
         try:
-            following = read_arena(memory, address, layout).next
+            following = memory.read_word(address + next_offset)
         except MemoryFault:
             # A member that was not saved still has an address; what comes behind it is unknown.
-            if members:
+            if members and memory.region_index(address) is not None:
                 members.append(address)
             break
         members.append(address)
@@ -313,7 +313,7 @@ def describe_ring(ring: ArenaRing) -> Evidence:
     """The ring as a fact: closed rings are solid, open ones speak against completeness."""
     if ring.is_closed:
         return Evidence(
-            f"next pointers of {len(ring.members)} arenas close a ring",
+            f"next pointers close a ring; arenas in it: {len(ring.members)}",
             "arena ring",
             Strength.SOLID,
             ring.main,

@@ -230,6 +230,9 @@ class _Assembly:
         self.own_chunks = own_chunks
         self.word = found.layout.word_class.word_bytes
         self.regions = tuple(_region(walk, number, self._totals(number)) for number in range(len(walk.regions)))
+        self.regions_of: dict[int, list[ChunkRegion]] = {}
+        for region in self.regions:
+            self.regions_of.setdefault(region.arena, []).append(region)
 
     def _totals(self, region: int) -> StateTotals:
         counts, byte_counts = state_totals(self.walk.index, region)
@@ -291,7 +294,7 @@ class _Assembly:
 
     def _arena(self, facts: ArenaFacts) -> Arena:
         state = facts.state
-        regions = tuple(region for region in self.regions if region.arena == facts.index)
+        regions = tuple(self.regions_of.get(facts.index, ()))
         totals = sum_of_totals(region.totals for region in regions)
         unattributed = tuple(self.walk.unattributed.get(facts.index, ()))
         sub_heaps = tuple(self._sub_heap(facts, number) for number in range(len(facts.sub_heaps)))
@@ -441,7 +444,7 @@ class _Assembly:
         if complete and proven and not anomaly_count:
             evidence.append(
                 Evidence(
-                    f"chunks tile all heaps of {len(complete)} arenas from the first byte to the last",
+                    f"chunks tile all heaps from the first byte to the last in {len(complete)} of {len(arenas)} arenas",
                     "chunk walk",
                     Strength.PROOF,
                 )
@@ -449,7 +452,7 @@ class _Assembly:
         names = [found.layout.generation.name, *found.alternatives]
         return AllocatorIdentity(
             name="glibc",
-            libc_version=None,
+            libc_version=str(found.libc_version) if found.libc_version else None,
             layout=" or ".join(names),
             runner_up=found.runner_up,
             main_arena=found.ring.main,

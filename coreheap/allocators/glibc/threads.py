@@ -159,7 +159,7 @@ def descriptors_without_thread(core: Core, ranges: list[tuple[int, int]]) -> tup
     """
     if TLS_ABOVE_POINTER[core.machine]:
         return None
-    if sum(end - start for start, end in ranges) > DESCRIPTOR_SCAN_LIMIT:
+    if sum(core.memory.saved_bytes_within(start, end) for start, end in ranges) > DESCRIPTOR_SCAN_LIMIT:
         return None
     word = core.word_bytes
     running = {thread.thread_pointer for thread in core.threads}

@@ -41,6 +41,10 @@ UInt64s = npt.NDArray[np.uint64]
 ANOMALIES_KEPT = 1000
 """Anomalies that are described; all are counted."""
 
+MISSING_ROOM_FLOOR = 1 << 30
+MISSING_ROOM_PER_SAVED = 4
+"""Bytes that were not saved and still get room in the index: a hostile core may promise any number of them."""
+
 NO_TOP = -1
 """Stands for a top whose address is unknown; lies in no stretch."""
 
@@ -216,7 +220,10 @@ class HeapWalker:
         self.layout = layout
         self.geometry = layout.geometry
         self.stretches = stretches
-        most_bytes = sum(stretch.end - stretch.start for stretch in stretches)
+        # Memory that was not saved takes room in the index as well, when top or the last chunk reaches into it.
+        saved = sum(self.memory.saved_bytes_within(stretch.start, stretch.end) for stretch in stretches)
+        self._room_for_missing = max(MISSING_ROOM_FLOOR, MISSING_ROOM_PER_SAVED * saved)
+        most_bytes = saved + self._room_for_missing
         self.builder = ChunkIndexBuilder(
             self.geometry, most_bytes, len(stretches) + min(SEGMENT_LIMIT, 1 + most_bytes // 65536)
         )
@@ -302,7 +309,9 @@ class HeapWalker:
 
     def _walk_region(self, stretch: Stretch, view: npt.NDArray[np.uint8], start: int) -> tuple[int, StopReason]:
         """Walk one region of the index from a proven chunk on; returns where it ends and why."""
-        region_bytes = stretch.end - start
+        missing = min(stretch.end - start - len(view), self._room_for_missing)
+        self._room_for_missing -= missing
+        region_bytes = len(view) + missing
         top_offset = stretch.top - start if stretch.is_top_heap else -1
         self.builder.open_region(start, region_bytes)
         offset, proven = 0, True

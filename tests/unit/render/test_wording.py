@@ -8,7 +8,7 @@ import pytest
 
 from coreheap.evidence import Confidence
 from coreheap.quantities import GIB, MIB
-from coreheap.render.wording import finding_sentence, quantity_text, verdict_sentence
+from coreheap.render.wording import finding_sentence, quantity_text, verdict_text, verdict_whole
 from coreheap.report import Finding, Quantity, Unit, VerdictItem
 from tests.unit.report_samples import finding
 
@@ -52,7 +52,9 @@ def test_quantities_carry_their_unit(quantity: Quantity, text: str) -> None:
 
 
 def test_verdicts_name_part_and_whole() -> None:
-    item = VerdictItem("retained_free", 512 * MIB, GIB, "malloc_memory", Confidence.CERTAIN)
-    assert verdict_sentence(item).startswith("512 MiB (50.0 %) of the 1.00 GiB of malloc memory is free inside malloc")
+    item = VerdictItem("retained_free", 512 * MIB, GIB, "malloc", Confidence.CERTAIN)
+    assert verdict_whole(item) == "Of 1.00 GiB of memory that malloc holds:"
+    assert verdict_text(item) == "free inside malloc: freed, kept by malloc"
     unknown = VerdictItem("page_cache", 1, 0, "whole {0} %s", Confidence.WEAK)
-    assert verdict_sentence(unknown) == "1 B of the 0 B of whole {0} %s: page cache."
+    assert verdict_whole(unknown) == "Of 0 B of whole {0} %s:"
+    assert verdict_text(unknown) == "page cache"

@@ -57,9 +57,7 @@ class _Segment:
 class CoreBuilder:
     """One core. Every ``add_`` method gives the builder back, so that calls can be chained."""
 
-    def __init__(
-        self, elf_class: int = 64, machine: str = "x86_64", page_bytes: int = _PAGE
-    ) -> None:
+    def __init__(self, elf_class: int = 64, machine: str = "x86_64", page_bytes: int = _PAGE) -> None:
         self.elf_class = elf_class
         self.machine = machine
         self.word_bytes = elf_class // 8
@@ -110,9 +108,7 @@ class CoreBuilder:
         self._segments.append(_Segment(kind, bits, address, size, content, file_bytes, file_offset))
         return self
 
-    def add_empty_segments(
-        self, addresses: np.ndarray, memory_bytes: np.ndarray, flags: int = 6
-    ) -> CoreBuilder:
+    def add_empty_segments(self, addresses: np.ndarray, memory_bytes: np.ndarray, flags: int = 6) -> CoreBuilder:
         """Many segments at once, none of them saved, as columns."""
         self._bulk.append((addresses, memory_bytes, flags))
         return self
@@ -145,9 +141,7 @@ class CoreBuilder:
             else:
                 values.setdefault("gs", _I386_GS)
                 entries = ((_I386_GS >> 3, thread_pointer, 0xFFFFF, 0x51), (7, 0, 0, 0x28))
-                rest.append(
-                    (b"LINUX", 0x200, b"".join(struct.pack("<4I", *row) for row in entries))
-                )
+                rest.append((b"LINUX", 0x200, b"".join(struct.pack("<4I", *row) for row in entries)))
         status = note(b"CORE", 1, self.status(lwp, signal or self._signal_of_next(), values))
         self._threads.append(status)
         self._threads.append(b"".join(note(*row) for row in (*rest, *extra_notes)))
@@ -185,9 +179,7 @@ class CoreBuilder:
         self._threads.append(rows.tobytes())
         return self
 
-    def add_file_mapping(
-        self, start: int, end: int, file_offset: int, path: str | bytes
-    ) -> CoreBuilder:
+    def add_file_mapping(self, start: int, end: int, file_offset: int, path: str | bytes) -> CoreBuilder:
         """A row of NT_FILE; ``file_offset`` in bytes."""
         raw = path.encode() if isinstance(path, str) else path
         self._files.append((start, end, file_offset, raw))
@@ -295,9 +287,7 @@ class CoreBuilder:
         extended = count >= 0xFFFF or self.force_extended_count
         sections_at = 0
         if extended:
-            sections_at = (
-                contents[-1][0] + len(contents[-1][1]) if contents else notes_at + len(notes)
-            )
+            sections_at = contents[-1][0] + len(contents[-1][1]) if contents else notes_at + len(notes)
         yield 0, self._header(count, extended, sections_at)
         yield header_bytes, b"".join(headers)
         yield notes_at, notes
@@ -338,9 +328,7 @@ class CoreBuilder:
 
     def _header(self, count: int, extended: bool, sections_at: int) -> bytes:
         word = self.word
-        identity = b"\x7fELF" + bytes(
-            [2 if self.elf_class == 64 else 1, self.elf_data, 1, self.os_abi]
-        )
+        identity = b"\x7fELF" + bytes([2 if self.elf_class == 64 else 1, self.elf_data, 1, self.os_abi])
         header_bytes = 64 if self.elf_class == 64 else 52
         entry_bytes = 56 if self.elf_class == 64 else 32
         section_count = self.section_header_count
@@ -368,23 +356,16 @@ class CoreBuilder:
     ) -> bytes:
         alignment = 4 if kind == 4 else self.page_bytes
         if self.elf_class == 64:
-            return struct.pack(
-                "<2I6Q", kind, flags, offset, address, 0, file_bytes, memory_bytes, alignment
-            )
-        return struct.pack(
-            "<8I", kind, offset, address, 0, file_bytes, memory_bytes, flags, alignment
-        )
+            return struct.pack("<2I6Q", kind, flags, offset, address, 0, file_bytes, memory_bytes, alignment)
+        return struct.pack("<8I", kind, offset, address, 0, file_bytes, memory_bytes, flags, alignment)
 
-    def _bulk_headers(
-        self, addresses: np.ndarray, memory_bytes: np.ndarray, flags: int, offset: int
-    ) -> bytes:
+    def _bulk_headers(self, addresses: np.ndarray, memory_bytes: np.ndarray, flags: int, offset: int) -> bytes:
         names64 = "kind:u4 flags:u4 offset:u8 address:u8 physical:u8 file:u8 memory:u8 align:u8"
         names32 = "kind:u4 offset:u4 address:u4 physical:u4 file:u4 memory:u4 flags:u4 align:u4"
         fields: list[Any] = [
             (name, f"<{kind}")
             for name, _, kind in (
-                field.partition(":")
-                for field in (names64 if self.elf_class == 64 else names32).split()
+                field.partition(":") for field in (names64 if self.elf_class == 64 else names32).split()
             )
         ]
         table = np.zeros(len(addresses), np.dtype(fields))
@@ -446,9 +427,7 @@ def elf_image(
                 size,
                 _PAGE if kind == 1 else 4,
             )
-        return struct.pack(
-            "<8I", kind, offset, base + offset, 0, size, size, flags, _PAGE if kind == 1 else 4
-        )
+        return struct.pack("<8I", kind, offset, base + offset, 0, size, size, flags, _PAGE if kind == 1 else 4)
 
     headers = [program_header(1, 5, 0, split), program_header(1, 6, split, data_bytes)]
     if notes:

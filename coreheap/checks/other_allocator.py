@@ -17,20 +17,21 @@ NEARLY_EMPTY_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class KnownAllocator:
-    """An allocator that replaces malloc, recognised by the file name of its library."""
+    """An allocator that replaces malloc, recognised by the path of its library."""
 
     name: str
-    file_name: re.Pattern[str]
+    path: re.Pattern[str]
 
 
+# Debian's musl is libc.so in a folder of musl's; a libc.so elsewhere may as well be Android's.
 KNOWN_ALLOCATORS = (
-    KnownAllocator("jemalloc", re.compile(r"libjemalloc[.\-_0-9a-z]*\.so")),
-    KnownAllocator("tcmalloc", re.compile(r"libtcmalloc[_a-z]*[.\-_0-9]*\.so")),
-    KnownAllocator("mimalloc", re.compile(r"libmimalloc[.\-_0-9a-z]*\.so")),
-    KnownAllocator("musl", re.compile(r"(ld-musl-[a-z0-9_]+\.so|libc\.musl-[a-z0-9_]+\.so)")),
-    KnownAllocator("snmalloc", re.compile(r"libsnmallocshim[.\-_0-9a-z]*\.so")),
-    KnownAllocator("Hoard", re.compile(r"libhoard[.\-_0-9a-z]*\.so")),
-    KnownAllocator("TBB malloc", re.compile(r"libtbbmalloc_proxy[.\-_0-9a-z]*\.so")),
+    KnownAllocator("jemalloc", re.compile(r"/libjemalloc[.\-_0-9a-z]*\.so[^/]*$")),
+    KnownAllocator("tcmalloc", re.compile(r"/libtcmalloc[_a-z]*[.\-_0-9]*\.so[^/]*$")),
+    KnownAllocator("mimalloc", re.compile(r"/libmimalloc[.\-_0-9a-z]*\.so[^/]*$")),
+    KnownAllocator("musl", re.compile(r"/(ld-musl-[^/]+|libc\.musl-[^/]+)\.so[^/]*$|musl[^/]*/libc\.so$")),
+    KnownAllocator("snmalloc", re.compile(r"/libsnmallocshim[.\-_0-9a-z]*\.so[^/]*$")),
+    KnownAllocator("Hoard", re.compile(r"/libhoard[.\-_0-9a-z]*\.so[^/]*$")),
+    KnownAllocator("TBB malloc", re.compile(r"/libtbbmalloc_proxy[.\-_0-9a-z]*\.so[^/]*$")),
 )
 
 
@@ -40,7 +41,7 @@ def allocators_loaded(case: Case) -> list[tuple[KnownAllocator, str, int]]:
     for module in case.core.modules:
         file_name = module.path.rpartition("/")[2]
         for allocator in KNOWN_ALLOCATORS:
-            if allocator.file_name.match(file_name):
+            if allocator.path.search(module.path):
                 found.append((allocator, file_name, module.start))
     return found
 

@@ -73,21 +73,28 @@ class FileFinder:
                 status = "not_verifiable"
         return FoundFile(status, None, rejected)
 
-    def find_debug_file(self, raw_path: bytes, build_id: bytes, link_name: str) -> ElfFile | None:
-        """A separate debug file with this build-id: .build-id/xx/yyyy.debug, then the name in
-        .gnu_debuglink."""
-        digits = build_id.hex()
-        for directory in self._debug_directories:
-            candidates = [directory / ".build-id" / digits[:2] / f"{digits[2:]}.debug"]
-            if link_name:
-                folder = os.path.dirname(raw_path).lstrip(b"/")
-                inside = resolve_inside(directory, folder + b"/" + os.fsencode(link_name))
-                candidates += [directory / link_name] + ([inside] if inside is not None else [])
-            for candidate in candidates:
-                file = ElfFile.open(candidate)
-                if file is not None and file.build_id == build_id:
-                    return file
+    def find_debug_file(self, raw_path: bytes, build_id: bytes, module_file: ElfFile | None) -> ElfFile | None:
+        """A separate debug file with this build-id: .build-id/xx/yyyy.debug, then the name in the
+        module file's .gnu_debuglink."""
+        for candidate in self._debug_candidates(raw_path, build_id.hex(), module_file):
+            file = ElfFile.open(candidate)
+            if file is not None and file.build_id == build_id:
+                return file
         return None
+
+    def _debug_candidates(self, raw_path: bytes, digits: str, module_file: ElfFile | None) -> Iterator[Path]:
+        for directory in self._debug_directories:
+            yield directory / ".build-id" / digits[:2] / f"{digits[2:]}.debug"
+        # Only now: reading .gnu_debuglink imports pyelftools.
+        link_name = module_file.debug_link if module_file and self._debug_directories else ""
+        if not link_name:
+            return
+        folder = os.path.dirname(raw_path).lstrip(b"/")
+        for directory in self._debug_directories:
+            yield directory / link_name
+            inside = resolve_inside(directory, folder + b"/" + os.fsencode(link_name))
+            if inside is not None:
+                yield inside
 
     def _candidates(self, raw_path: bytes, is_executable: bool) -> Iterator[Path]:
         if is_executable and self._executable is not None:

@@ -97,10 +97,9 @@ class Module:
             return None
         value = address - self.load_bias & _ADDRESS_MASK
         for source in (self.debug_file, self.elf_file):
-            for table in source.symbol_tables if source is not None else ():
-                symbol = table.containing(value)
-                if symbol is not None:
-                    return symbol, value - symbol.value
+            symbol = source.symbol_containing(value) if source is not None else None
+            if symbol is not None:
+                return symbol, value - symbol.value
         return None
 
 
@@ -153,10 +152,9 @@ def find_modules(
                 )
             )
         if module.build_id is not None:
-            link = found.file.debug_link if found.file is not None else ""
-            module.debug_file = finder.find_debug_file(module.raw_path, module.build_id, link)
-        if found.file is not None:
-            _complete_from_file(module, found.file, memory)
+            module.debug_file = finder.find_debug_file(module.raw_path, module.build_id, found.file)
+        if found.file is not None and module.dynamic and not module.soname:
+            module.soname = found.file.soname
     unverifiable = sum(module.file_status == "not_verifiable" for module in modules)
     if unverifiable:
         gaps.append(
@@ -241,8 +239,7 @@ def _may_be_module(memory: AddressSpace, rows: Sequence[int], raw_path: bytes) -
 
 def _modules_of_headers(memory: AddressSpace, auxv: Mapping[int, int]) -> Iterable[Module]:
     saved = np.flatnonzero(
-        (memory.region_backing == Backing.SAVED)
-        & (memory.region_end - memory.region_start >= np.uint64(64))
+        (memory.region_backing == Backing.SAVED) & (memory.region_end - memory.region_start >= np.uint64(64))
     )
     starts = memory.region_start[saved]
     run = np.searchsorted(memory.run_start, starts, side="right") - 1
@@ -275,9 +272,7 @@ def _modules_of_headers(memory: AddressSpace, auxv: Mapping[int, int]) -> Iterab
     return modules
 
 
-def _modules_without_header(
-    memory: AddressSpace, known: Iterable[tuple[int, int | None, bytes]]
-) -> Iterable[Module]:
+def _modules_without_header(memory: AddressSpace, known: Iterable[tuple[int, int | None, bytes]]) -> Iterable[Module]:
     """Modules that are known by (an address in them, load bias, raw path) alone."""
     for address, load_bias, raw_path in known:
         index = memory.region_index(address)
@@ -315,11 +310,7 @@ def _loaded_at(memory: AddressSpace, start: int) -> _Loaded | None:
     try:
         head = memory.view(start, start + (64 if memory.word_bytes == 8 else 52)).tobytes()
         header = elf.header_of(head)
-        if (
-            header is None
-            or header.bits != memory.word_bytes * 8
-            or header.kind not in (elf.ET_EXEC, elf.ET_DYN)
-        ):
+        if header is None or header.bits != memory.word_bytes * 8 or header.kind not in (elf.ET_EXEC, elf.ET_DYN):
             return None
         count = min(header.program_header_count, PROGRAM_HEADER_LIMIT)
         size = header.program_header_offset + count * header.program_header_bytes
@@ -379,9 +370,7 @@ def _module(
     return module
 
 
-def _rows_in_memory(
-    loaded: _Loaded, kind: int, limit: int, word_bytes: int
-) -> Iterable[tuple[int, int, int]]:
+def _rows_in_memory(loaded: _Loaded, kind: int, limit: int, word_bytes: int) -> Iterable[tuple[int, int, int]]:
     """(address, bytes, alignment) of the segments of a kind, where they lie in the process."""
     mask = _ADDRESS_MASK if word_bytes == 8 else 0xFFFFFFFF
     segments = loaded.segments
@@ -391,9 +380,7 @@ def _rows_in_memory(
 
 
 def _build_id_in_memory(memory: AddressSpace, loaded: _Loaded) -> bytes | None:
-    for address, byte_count, alignment in _rows_in_memory(
-        loaded, elf.PT_NOTE, NOTE_LIMIT, memory.word_bytes
-    ):
+    for address, byte_count, alignment in _rows_in_memory(loaded, elf.PT_NOTE, NOTE_LIMIT, memory.word_bytes):
         if memory.is_saved(address, address + byte_count):
             notes = memory.view(address, address + byte_count).tobytes()
             found = elf.build_id_of_notes(notes, alignment)
@@ -403,13 +390,9 @@ def _build_id_in_memory(memory: AddressSpace, loaded: _Loaded) -> bytes | None:
 
 
 def _dynamic_in_memory(memory: AddressSpace, loaded: _Loaded) -> dict[int, int]:
-    for address, byte_count, _ in _rows_in_memory(
-        loaded, elf.PT_DYNAMIC, DYNAMIC_LIMIT, memory.word_bytes
-    ):
+    for address, byte_count, _ in _rows_in_memory(loaded, elf.PT_DYNAMIC, DYNAMIC_LIMIT, memory.word_bytes):
         if memory.is_saved(address, address + byte_count):
-            return elf.dynamic_entries(
-                memory.view(address, address + byte_count), memory.word_bytes
-            )
+            return elf.dynamic_entries(memory.view(address, address + byte_count), memory.word_bytes)
     return {}
 
 
@@ -431,18 +414,3 @@ def _main_module(modules: Sequence[Module], auxv: Mapping[int, int]) -> Module |
 
 def _has_text_relocations(dynamic: Mapping[int, int]) -> bool:
     return _DT_TEXTREL in dynamic or bool(dynamic.get(_DT_FLAGS, 0) & _DF_TEXTREL)
-
-
-def _complete_from_file(module: Module, file: ElfFile, memory: AddressSpace) -> None:
-    """What the headers in memory did not tell, from the verified file."""
-    if module.soname or not module.dynamic:
-        return
-    for row in file.segments.rows_of_kind(elf.PT_DYNAMIC)[:1].tolist():
-        offset, byte_count = int(file.segments.file_offset[row]), int(file.segments.file_bytes[row])
-        entries = elf.dynamic_entries(
-            file.bytes_at(offset, min(byte_count, DYNAMIC_LIMIT)), memory.word_bytes
-        )
-        strings = file.section(b".dynstr")
-        if strings is not None and elf.DT_SONAME in entries:
-            at = strings.file_offset + entries[elf.DT_SONAME]
-            module.soname = text_of(file.bytes_at(at, 256))

@@ -325,16 +325,13 @@ cdef inline MmappedHeader _deepest_memaligned(const MmappedSearch *search, Mmapp
     cdef uint64_t payload = first.header + header_bytes
     cdef uint64_t alignment = 2 * search.geometry.alignment
     cdef uint64_t aligned, header
-    cdef int _attempt
     while alignment <= first.mapping_bytes:
         aligned = (payload + alignment - 1) & ~(alignment - 1)
-        for _attempt in range(2):
-            header = aligned - header_bytes
-            if header > deepest.header:
-                candidate = _mmapped_header_at(search, header, first.mapping_start)
-                if candidate.found and candidate.mapping_start == first.mapping_start:
-                    deepest = candidate
-            aligned += alignment
+        header = aligned - header_bytes
+        if header > deepest.header:
+            candidate = _mmapped_header_at(search, header, first.mapping_start)
+            if candidate.found and candidate.mapping_start == first.mapping_start:
+                deepest = candidate
         alignment *= 2
     return deepest
 

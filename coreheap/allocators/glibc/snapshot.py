@@ -25,7 +25,7 @@ from coreheap.allocators.glibc.walk import (
 from coreheap.allocators.protocol import Progress
 from coreheap.corefile import Core
 from coreheap.errors import MemoryFault
-from coreheap.evidence import Evidence, Gap, Strength, confidence_from
+from coreheap.evidence import Anomaly, Evidence, Gap, Strength, confidence_from
 from coreheap.heap import (
     AllocatorIdentity,
     Arena,
@@ -230,6 +230,7 @@ class _Assembly:
         self.own_chunks = own_chunks
         self.word = found.layout.word_class.word_bytes
         self.regions = tuple(_region(walk, number, self._totals(number)) for number in range(len(walk.regions)))
+        self.surplus: list[Anomaly] = []
         self.regions_of: dict[int, list[ChunkRegion]] = {}
         for region in self.regions:
             self.regions_of.setdefault(region.arena, []).append(region)
@@ -257,15 +258,9 @@ class _Assembly:
         arenas = tuple(self._arena(facts) for facts in self.survey.arenas)
         mmapped_totals = self._mmapped_totals(table)
         mapped = self.walk.index.mmapped
-        all_anomalies = (
-            *self.survey.anomalies,
-            *self.walk.anomalies,
-            *self.overlay.anomalies,
-            *mmapped.anomalies,
-        )
-        count = (
-            len(self.survey.anomalies) + self.walk.anomaly_count + self.overlay.anomaly_count + len(mmapped.anomalies)
-        )
+        others = (*self.survey.anomalies, *self.surplus, *mmapped.anomalies)
+        all_anomalies = (*others, *self.walk.anomalies, *self.overlay.anomalies)
+        count = len(others) + self.walk.anomaly_count + self.overlay.anomaly_count
         limit, reason = self._arena_limit()
         return HeapSnapshot(
             identity=self._identity(arenas, count, mmapped.evidence),
@@ -353,6 +348,16 @@ class _Assembly:
         if facts.brk_range is not None and regions:
             # sbrk_base of a static program need not be aligned; the first header is.
             walked += regions[0].range.start - facts.brk_range.start if not unattributed else 0
+        if walked > facts.state.system_mem:
+            self.surplus.append(
+                Anomaly(
+                    "more_than_system_mem",
+                    facts.state.address,
+                    f"heap memory of {facts.state.system_mem} bytes (system_mem)",
+                    f"{walked} bytes that look like it",
+                    facts.index,
+                )
+            )
         return min(1.0, walked / facts.state.system_mem)
 
     def _sub_heap(self, facts: ArenaFacts, number: int) -> SubHeap:

@@ -122,10 +122,7 @@ def stretches_of(core: Core, layout: Layout, arenas: tuple[ArenaFacts, ...], sbr
     main = next((arena for arena in arenas if arena.is_main), None)
     if main is not None:
         stretches.extend(_main_stretches(core, layout, main, arenas, stretches, sbrk_base))
-    stretches.sort(key=lambda stretch: stretch.start)
-    return [
-        stretch for number, stretch in enumerate(stretches) if number == 0 or stretch.start >= stretches[number - 1].end
-    ]
+    return sorted(stretches, key=lambda stretch: stretch.start)
 
 
 def _main_stretches(
@@ -143,6 +140,8 @@ def _main_stretches(
 
     if main.state is None:
         return [stretch(RegionKind.BRK, start, end, NO_TOP) for start, end in heap_behind_program(core, layout)]
+    if not main.state.system_mem:
+        return []
     top = main.state.top
     if main.brk_range is not None:
         start = layout.aligned_header(main.brk_range.start)
@@ -231,10 +230,15 @@ class HeapWalker:
         self.unattributed: dict[int, list[UnattributedRange]] = {}
         self.anomalies: list[Anomaly] = []
         self.anomaly_count = 0
+        self._reached = 0
         self._anomaly_rows = np.zeros((ANOMALIES_KEPT, 2), np.int64)
 
     def walk(self, stretch: Stretch) -> None:
         """Walk one stretch; what cannot be walked is recorded as unattributed or as a damaged chunk."""
+        if stretch.start < self._reached:
+            self._leave_out(stretch, stretch.start, stretch.end, "overlaps_another_heap")
+            return
+        self._reached = stretch.end
         position, trusted = stretch.start, True
         for start, end in joined(self.memory.saved_runs_within(stretch.start, stretch.end)):
             if start > position:

@@ -261,8 +261,8 @@ def find_mmapped_chunks(
 def _deepest_memaligned(headers: _MmappedHeaders, first: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     """The chunk that memalign cut out of the mapping of ``first``, or ``first`` itself.
 
-    glibc's memalign moves the payload up to the next multiple of its alignment, or to the one after that when the
-    space in front would be too small for a chunk.
+    glibc's memalign moves the payload up to the next multiple of its alignment. Where the space in front would be too
+    small for a chunk it takes the one after that, which is the next multiple of twice the alignment.
     """
     deepest = first
     first_header, mapping_start, mapping_bytes, _ = first
@@ -270,12 +270,11 @@ def _deepest_memaligned(headers: _MmappedHeaders, first: tuple[int, int, int, in
     alignment = 2 * headers.geometry.alignment
     while alignment <= mapping_bytes:
         aligned = payload + -payload % alignment
-        for candidate_payload in (aligned, aligned + alignment):
-            header = candidate_payload - headers.geometry.header_bytes
-            if header > deepest[0]:
-                candidate = headers.at(header, mapping_start)
-                if candidate is not None and candidate[1] == mapping_start:
-                    deepest = candidate
+        header = aligned - headers.geometry.header_bytes
+        if header > deepest[0]:
+            candidate = headers.at(header, mapping_start)
+            if candidate is not None and candidate[1] == mapping_start:
+                deepest = candidate
         alignment *= 2
     return deepest
 

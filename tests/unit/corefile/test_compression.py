@@ -142,9 +142,7 @@ def test_what_is_compressed_must_be_a_core(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "package"), [("zst", "zstandard"), ("lz4", "lz4.frame")])
-def test_a_missing_package_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, package: str
-) -> None:
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, package: str) -> None:
     path = tmp_path / "core"
     path.write_bytes(PACKERS[kind](built()))
     for name in [name for name in sys.modules if name == package or name.startswith(package + ".")]:
@@ -174,7 +172,5 @@ def test_plain_cores_import_no_compression_package() -> None:
         "print([n for n in ('zstandard', 'lz4', 'lief', 'elftools', 'capstone') if n in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert out.stdout.strip() == "[]"

@@ -26,8 +26,7 @@ def opened(builder: CoreBuilder, tmp_path: Path) -> Core:
 def rows(core: Core) -> list[tuple[int, int, int, str, int]]:
     memory = core.memory
     return [
-        (r.start, r.end, r.flags, r.backing.name, r.file_index)
-        for r in map(memory.region, range(memory.region_count))
+        (r.start, r.end, r.flags, r.backing.name, r.file_index) for r in map(memory.region, range(memory.region_count))
     ]
 
 
@@ -78,19 +77,13 @@ class TestRegions:
         assert len(core.memory.run_start) == 1
 
     def test_overlapping_segments_the_earlier_one_wins(self, tmp_path: Path) -> None:
-        builder = (
-            CoreBuilder()
-            .add_segment(0x11000, b"b" * 2 * PAGE)
-            .add_segment(0x10000, b"a" * 2 * PAGE)
-        )
+        builder = CoreBuilder().add_segment(0x11000, b"b" * 2 * PAGE).add_segment(0x10000, b"a" * 2 * PAGE)
         core = opened(builder, tmp_path)
         assert core.memory.read(0x10000, 3 * PAGE) == b"a" * 2 * PAGE + b"b" * PAGE
         assert "segments_overlap" in causes(core)
 
     def test_a_segment_inside_another_is_dropped(self, tmp_path: Path) -> None:
-        builder = (
-            CoreBuilder().add_segment(0x10000, b"a" * 3 * PAGE).add_segment(0x11000, b"b" * PAGE)
-        )
+        builder = CoreBuilder().add_segment(0x10000, b"a" * 3 * PAGE).add_segment(0x11000, b"b" * PAGE)
         core = opened(builder, tmp_path)
         assert rows(core) == [(0x10000, 0x13000, 6, "SAVED", -1)]
 
@@ -124,9 +117,7 @@ class TestRegions:
     def test_segments_that_share_their_bytes_count_once(self, tmp_path: Path) -> None:
         builder = CoreBuilder().add_segment(0x10000, b"x" * 16 * PAGE)
         for index in range(1, 100):
-            builder.add_segment(
-                0x100000 * index, None, 16 * PAGE, file_bytes=16 * PAGE, file_offset=2 * PAGE
-            )
+            builder.add_segment(0x100000 * index, None, 16 * PAGE, file_bytes=16 * PAGE, file_offset=2 * PAGE)
         core = opened(builder, tmp_path)
         assert core.saved_bytes <= 2 * core.file_bytes
         assert "segments_share_bytes" in causes(core)
@@ -135,24 +126,18 @@ class TestRegions:
         builder = CoreBuilder().add_segment(0x10000, b"x" * PAGE)
         builder.add_file_mapping(0x20000, 0x20000, 0, "/empty")
         builder.add_file_mapping(0x30000, 0x2F000, 0, "/backwards")
-        builder.add_file_mapping(0x10000, 0x11000, 0, "/one").add_file_mapping(
-            0x10000, 0x11000, 0, "/two"
-        )
+        builder.add_file_mapping(0x10000, 0x11000, 0, "/one").add_file_mapping(0x10000, 0x11000, 0, "/two")
         core = opened(builder, tmp_path)
         assert rows(core) == [(0x10000, 0x11000, 6, "SAVED", 2)]
         assert "mapped_files_contradict" in causes(core)
 
     @given(
         st.lists(
-            st.tuples(
-                st.integers(0, 40), st.integers(0, 12), st.integers(0, 14), st.integers(0, 60)
-            ),
+            st.tuples(st.integers(0, 40), st.integers(0, 12), st.integers(0, 14), st.integers(0, 60)),
             max_size=12,
         )
     )
-    def test_regions_equal_a_byte_by_byte_model(
-        self, segments: list[tuple[int, int, int, int]]
-    ) -> None:
+    def test_regions_equal_a_byte_by_byte_model(self, segments: list[tuple[int, int, int, int]]) -> None:
         file_bytes = 50
         model: dict[int, tuple[str, int]] = {}
         for start, memory, in_file, offset in sorted(segments, key=lambda row: row[0]):
@@ -165,10 +150,7 @@ class TestRegions:
                     model[start + position] = ("TRUNCATED", 0)
                 else:
                     model[start + position] = ("SAVED", offset + position)
-        total = sum(
-            min(memory, in_file, max(file_bytes - offset, 0))
-            for _, memory, in_file, offset in segments
-        )
+        total = sum(min(memory, in_file, max(file_bytes - offset, 0)) for _, memory, in_file, offset in segments)
         columns = np.array(segments, np.uint64).reshape(-1, 4).T
         count = len(segments)
         headers = ProgramHeaders(
@@ -318,14 +300,10 @@ class TestHoles:
         return b"".join((b"a" * PAGE, bytes(4 * PAGE), b"b" * PAGE, bytes(2 * PAGE)))
 
     def core(self, tmp_path: Path, *, sparse: bool) -> Core:
-        builder = (
-            CoreBuilder().add_segment(0x100000, self.content()).add_segment(0x200000, b"c" * PAGE)
-        )
+        builder = CoreBuilder().add_segment(0x100000, self.content()).add_segment(0x200000, b"c" * PAGE)
         path = builder.add_thread().write(tmp_path / "core", sparse=sparse)
         if sparse and path.stat().st_blocks * 512 >= path.stat().st_size:
-            pytest.skip(
-                "no holes on this file system; to run this test: set TMPDIR to ext4, xfs, btrfs or tmpfs"
-            )
+            pytest.skip("no holes on this file system; to run this test: set TMPDIR to ext4, xfs, btrfs or tmpfs")
         return open_core(path)
 
     def test_holes_are_pages_that_were_never_populated(self, tmp_path: Path) -> None:
@@ -351,8 +329,6 @@ class TestHoles:
     def test_a_core_without_holes_tells_nothing(self, tmp_path: Path) -> None:
         memory = self.core(tmp_path, sparse=False).memory
         if memory.holes_known:
-            pytest.skip(
-                "this file system makes holes by itself; to run this test: set TMPDIR to another one"
-            )
+            pytest.skip("this file system makes holes by itself; to run this test: set TMPDIR to another one")
         assert memory.populated_extents(0x100000, 0x108000) == [(0x100000, 0x108000)]
         assert memory.populated_bytes(0x100000, 0x108000) == 8 * PAGE

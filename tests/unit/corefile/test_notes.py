@@ -46,9 +46,7 @@ def test_threads(tmp_path: Path, elf_class: int, machine: str) -> None:
 
 
 @pytest.mark.parametrize(("elf_class", "machine"), MACHINES)
-def test_a_thread_pointer_that_is_not_recorded_is_unknown(
-    tmp_path: Path, elf_class: int, machine: str
-) -> None:
+def test_a_thread_pointer_that_is_not_recorded_is_unknown(tmp_path: Path, elf_class: int, machine: str) -> None:
     builder = CoreBuilder(elf_class, machine).add_thread(100).add_thread(101, thread_pointer=0x9100)
     one, two = opened(builder, tmp_path).threads
     assert one.thread_pointer is None
@@ -219,19 +217,14 @@ def test_many_threads_come_out_in_order(tmp_path: Path) -> None:
     core = opened(CoreBuilder().add_threads(1000, first_lwp=5), tmp_path)
     assert [thread.lwp for thread in core.threads] == list(range(5, 1005))
     assert [thread.stack_pointer for thread in core.threads] == [16 * lwp for lwp in range(5, 1005)]
-    assert [thread.thread_pointer for thread in core.threads] == [
-        256 * lwp for lwp in range(5, 1005)
-    ]
+    assert [thread.thread_pointer for thread in core.threads] == [256 * lwp for lwp in range(5, 1005)]
 
 
 @pytest.mark.parametrize("word_bytes", [4, 8])
 def test_arguments_and_environment_from_the_initial_stack(tmp_path: Path, word_bytes: int) -> None:
     base = 0x7FFF0000 if word_bytes == 4 else 0x7FFF_FFFF_0000
     strings = b"program\0--flag\0\0MALLOC_ARENA_MAX=2\0EMPTY=\0ODD\0MALLOC_ARENA_MAX=9\0"
-    at = {
-        name: base + 0x800 + strings.index(name)
-        for name in (b"program", b"--flag", b"EMPTY", b"ODD")
-    }
+    at = {name: base + 0x800 + strings.index(name) for name in (b"program", b"--flag", b"EMPTY", b"ODD")}
     first = base + 0x800 + strings.index(b"MALLOC")
     second = base + 0x800 + strings.rindex(b"MALLOC")
     random = base + 0x700

@@ -106,9 +106,7 @@ def test_a_big_endian_core(tmp_path: Path) -> None:
         (64, 4711, "4711"),
     ],
 )
-def test_machines_that_are_not_supported(
-    tmp_path: Path, elf_class: int, machine_number: int, found: str
-) -> None:
+def test_machines_that_are_not_supported(tmp_path: Path, elf_class: int, machine_number: int, found: str) -> None:
     builder = CoreBuilder(elf_class, "x86_64" if elf_class == 64 else "i386")
     builder.add_segment(0x10000, b"abc").add_thread()
     builder.machine_number = machine_number

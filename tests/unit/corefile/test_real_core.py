@@ -94,9 +94,7 @@ def kernel_core(program: Path, folder: Path, *arguments: str, coredump_filter: i
         resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY,) * 2)
         Path("/proc/self/coredump_filter").write_text(hex(coredump_filter))
 
-    subprocess.run(
-        [program, folder / "truth", *arguments], cwd=folder, preexec_fn=prepare, check=False
-    )
+    subprocess.run([program, folder / "truth", *arguments], cwd=folder, preexec_fn=prepare, check=False)
     return next(path for path in folder.iterdir() if path.name.startswith("core"))
 
 
@@ -114,9 +112,7 @@ def check_against_the_process(core: Core, folder: Path) -> None:
     lwp, thread_pointer, _ = truth["main"][0]
     assert core.process.pid == lwp
     assert core.process.name == "program"
-    assert (
-        core.process.command_line.startswith(str(folder.parent)[:20]) or core.process.command_line
-    )
+    assert core.process.command_line.startswith(str(folder.parent)[:20]) or core.process.command_line
     assert core.threads[0].lwp == lwp
     assert core.threads[0].thread_pointer == thread_pointer
     threads = {thread.lwp: thread for thread in core.threads}
@@ -210,9 +206,7 @@ def test_a_core_of_gdb(program: Path, tmp_path: Path, require_tool: Tool) -> Non
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         process.kill()
     if not (tmp_path / "core").exists():
-        _missing(
-            f"gdb may not attach; to run this test: sysctl kernel.yama.ptrace_scope=0\n{done.stderr}"
-        )
+        _missing(f"gdb may not attach; to run this test: sysctl kernel.yama.ptrace_scope=0\n{done.stderr}")
     with open_core(tmp_path / "core") as core:
         check_against_the_process(core, tmp_path)
         assert core.made_by == "gdb"
@@ -228,12 +222,8 @@ def test_a_core_of_gdb(program: Path, tmp_path: Path, require_tool: Tool) -> Non
 def test_readelf_sees_the_same_segments(program: Path, tmp_path: Path, require_tool: Tool) -> None:
     readelf = require_tool("readelf", "apt install binutils")
     path = kernel_core(program, tmp_path)
-    lines = subprocess.run(
-        [readelf, "-lW", path], capture_output=True, text=True, check=True
-    ).stdout
-    pattern = re.compile(
-        r"^ +LOAD +(0x\S+) (0x\S+) 0x\S+ (0x\S+) (0x\S+) ([R ][W ][E ])", re.MULTILINE
-    )
+    lines = subprocess.run([readelf, "-lW", path], capture_output=True, text=True, check=True).stdout
+    pattern = re.compile(r"^ +LOAD +(0x\S+) (0x\S+) 0x\S+ (0x\S+) (0x\S+) ([R ][W ][E ])", re.MULTILINE)
     with open_core(path) as core:
         segments = core.image.segments
         rows = segments.rows_of_kind(1).tolist()
@@ -264,11 +254,7 @@ def test_pyelftools_sees_the_same_notes(program: Path, tmp_path: Path) -> None:
     elffile = pytest.importorskip("elftools.elf.elffile", reason="pip install pyelftools")
     path = kernel_core(program, tmp_path)
     with open(path, "rb") as file, open_core(path) as core:
-        notes = [
-            note
-            for segment in elffile.ELFFile(file).iter_segments("PT_NOTE")
-            for note in segment.iter_notes()
-        ]
+        notes = [note for segment in elffile.ELFFile(file).iter_segments("PT_NOTE") for note in segment.iter_notes()]
         table = core.thread_table.notes
         assert len(table) == len(notes)
         assert table.byte_count.tolist() == [note["n_descsz"] for note in notes]
@@ -276,9 +262,7 @@ def test_pyelftools_sees_the_same_notes(program: Path, tmp_path: Path) -> None:
         assert len(statuses) == len(core.threads)
         files = next(note for note in notes if note["n_type"] == "NT_FILE")["n_desc"]
         ours = [(row.start, row.end, row.file_offset // 4096) for row in core.memory.mapped_files]
-        theirs = [
-            (e["vm_start"], e["vm_end"], e["page_offset"]) for e in files["Elf_Nt_File_Entry"]
-        ]
+        theirs = [(e["vm_start"], e["vm_end"], e["page_offset"]) for e in files["Elf_Nt_File_Entry"]]
         assert ours == theirs
         paths = [name.decode() for name in files["filename"]]
         assert [row.path for row in core.memory.mapped_files] == paths

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import random
 from collections import defaultdict
 from types import ModuleType
@@ -17,6 +19,7 @@ from coreheap.kernels import (
     ChunkState,
     MmappedChunks,
     no_mmapped_chunks,
+    words_for,
 )
 from tests.heap_builder import MACHINE_64, MACHINES, BuiltHeap, HeapBuilder, Machine, Mix
 from tests.unit.kernels.support import geometry_of, index_of, mmapped_table, random_heap, walk_segment
@@ -246,6 +249,40 @@ def test_block_table_of_a_whole_address_space(kernels: ModuleType, machine: Mach
     chunks = builder.heap.all_chunks()
     headers = np.array([chunk.header_address for chunk in chunks], np.uint64)
     assert kernels.find_chunks(index, headers, True).tolist() == list(range(len(chunks)))
+
+
+def test_regions_that_cross_blocks(kernels: ModuleType) -> None:
+    """A region over the border of two blocks, one over several, and small ones beside them in the same blocks."""
+    block = 1 << 26
+    bounds = [block - 0x2000, block - 0x1000, block + 0x1000, block + 0x2000, 5 * block + 0x400, 5 * block + 0x800]
+    starts, ends = bounds[:-1], bounds[1:]
+    words = [words_for(end - start, 16) for start, end in zip(starts, ends, strict=True)]
+    first_words = np.cumsum([0, *words])[:-1]
+    lookup = np.zeros((sum(words), 2), np.uint64)
+    chunks = []
+    for start, end, first_word in zip(starts, ends, first_words, strict=True):
+        for offset in sorted({0, 0x20, (end - start) // 2 // 16 * 16, end - start - 0x20}):
+            row, bit = divmod(offset // 16, 64)
+            lookup[first_word + row, 0] |= np.uint64(1 << bit)
+            chunks.append(start + offset)
+    kernels.fill_ranks(lookup)
+    index = ChunkIndex(
+        ChunkGeometry(8, 16, 32, 0),
+        np.array(starts, np.uint64),
+        np.array(ends, np.uint64),
+        first_words.astype(np.int64),
+        lookup,
+        np.zeros(len(chunks), np.uint8),
+    )
+    assert index.block_shift == 26
+    queries = sorted({bound + near for bound in [*bounds, *chunks, 2 * block, 3 * block] for near in (-1, 0, 1, 32)})
+    limits = [*chunks, ends[-1]]
+    expected = [bisect.bisect_right(limits, query) - 1 if query < ends[-1] else -1 for query in queries]
+    assert kernels.find_chunks(index, np.array(queries, np.uint64), False).tolist() == expected
+    assert [index.chunk_containing(query) for query in queries] == expected
+    header, chunk_bytes = kernels.chunk_extents(index, np.arange(len(chunks)))
+    assert header.tolist() == chunks
+    assert chunk_bytes.tolist() == [end - start for start, end in itertools.pairwise(limits)]
 
 
 @each_machine

@@ -320,6 +320,17 @@ def test_file_shorter_than_its_runs(kernels: ModuleType) -> None:
         assert only_error(outcome, ListError.NOT_SAVED, scene.payload(0))
 
 
+def test_bin_header_at_the_end_of_the_address_space(kernels: ModuleType) -> None:
+    """Its bk would lie beyond the last address, not at the first."""
+    scene = Scene(MACHINE_64)
+    memory_map = MemoryMap(np.zeros(64, np.uint8), *(np.array([value], np.uint64) for value in (0, 64, 0)))
+    sentinel = (1 << 64) - 16
+    row = BuiltList(UNSORTED_BIN, 1, sentinel, sentinel, [])
+    index = index_of(kernels, scene.heap)
+    outcome = overlay(kernels, scene.heap, index, [row], ListKind.DOUBLY, memory_map=memory_map)
+    assert outcome.error_total == 0
+
+
 def test_arguments_that_contradict_each_other(kernels: ModuleType) -> None:
     scene = Scene(MACHINE_64)
     row = scene.singly()

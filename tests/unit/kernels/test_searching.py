@@ -107,7 +107,7 @@ def test_mmapped_chunks_back_to_back(kernels: ModuleType, machine: Machine, new_
             if kind == "memalign":
                 # Where memalign puts a payload: at a multiple of its alignment behind the plain one.
                 plain = start + machine.phase + machine.header_bytes
-                alignment = rng.choice([64, 256, 2048, 4096, 8192])
+                alignment = rng.choice([2 * machine.alignment, 64, 256, 2048, 4096, 8192])
                 lead = plain + -plain % alignment - machine.header_bytes - start
                 if lead - machine.phase < machine.minimum:
                     lead += alignment
@@ -199,6 +199,48 @@ def test_hostile_mmapped_headers(kernels: ModuleType, machine: Machine, size: in
             assert len(found) == 0
 
 
+@each_machine
+@pytest.mark.parametrize("pages", [2, 3, 1 << 19, 1 << 51, -1, -2, -(1 << 19), -(1 << 51)])
+def test_mapping_must_begin_inside(kernels: ModuleType, machine: Machine, pages: int) -> None:
+    """A sound size with a prev_size that leads out of the memory, by far or around the end of the numbers."""
+    memory = ImageMemory()
+    base = 0x6000_0000
+    block = memory.add(base, 4 * PAGE)
+    header = base + PAGE + machine.phase
+    for trailer in trailers(machine):
+        for lead, count in ((machine.phase + PAGE, 1), (machine.phase + pages * PAGE, 0)):
+            memory.put(header, lead, machine.word_bytes)
+            size = 2 * PAGE - machine.phase - trailer
+            memory.put(header + machine.word_bytes, size | 2, machine.word_bytes)
+            # A prev_size of -2**51 pages is that of 0 pages on 32 bit, and so on.
+            plain = lead & machine.word_mask == machine.phase
+            for everything in (False, True):
+                found = kernels.find_mmapped_chunks(block, base, geometry_of(machine), PAGE, trailer, everything)
+                assert len(found) == (1 if plain else count)
+
+
+@each_machine
+def test_deepest_header_of_a_mapping_counts(kernels: ModuleType, machine: Machine) -> None:
+    memory = ImageMemory()
+    base = 0x6000_0000
+    block = memory.add(base, 16 * PAGE)
+    for payload_offset in (machine.phase + machine.header_bytes, 256, 2048, 8 * PAGE):
+        chunk = write_mmapped_chunk(memory, machine, base, 16 * PAGE, lead=payload_offset - machine.header_bytes)
+    found = kernels.find_mmapped_chunks(block, base, geometry_of(machine), PAGE, 0)
+    assert rows_of(found) == [(base + 8 * PAGE - machine.header_bytes, base, 16 * PAGE, chunk.chunk_bytes)]
+
+
+@each_machine
+def test_trailer_must_lie_inside(kernels: ModuleType, machine: Machine) -> None:
+    memory = ImageMemory()
+    base = 0x6000_0000
+    block = memory.add(base, 4 * PAGE)
+    write_mmapped_chunk(memory, machine, base + 3 * PAGE, PAGE)
+    for trailer in (PAGE, PAGE - machine.phase):
+        assert len(kernels.find_mmapped_chunks(block, base, geometry_of(machine), PAGE, trailer)) == 0
+    assert len(kernels.find_mmapped_chunks(block, base, geometry_of(machine), PAGE, 0)) == 1
+
+
 def test_mmapped_arguments(kernels: ModuleType) -> None:
     geometry = geometry_of(MACHINE_64)
     for page_bytes in (0, 512, 4097, -4096):
@@ -285,6 +327,21 @@ def test_top_of_impossible_size_ends_its_piece_at_the_next_step(kernels: ModuleT
     rows = runs_of(found)
     assert rows[0] == (machine.phase, PAGE, StopReason.TOP, 3)
     assert rows[1][:3] == (2 * PAGE + machine.phase, 3 * PAGE, StopReason.FENCEPOSTS_MAIN)
+
+
+@each_machine
+def test_a_run_that_is_too_short_does_not_hide_a_longer_one(kernels: ModuleType, machine: Machine) -> None:
+    """Two chains share their last chunk; the one met first has too few chunks to count."""
+    builder = HeapBuilder(machine, random.Random(1))
+    granule = machine.alignment
+    plan = [(2 * granule, "in_use"), *[(4 * granule, "in_use")] * 9]
+    segment = builder.add_segment(0x7000_0000, PAGE, ending="main_fence", plan=plan)
+    last = segment.chunks[9].header_address
+    builder.memory.put(segment.start + machine.word_bytes, last - segment.start | 1, machine.word_bytes)
+    content = builder.memory.read(0x7000_0000, PAGE)
+    found = kernels.find_chunk_runs(content, 0x7000_0000, geometry_of(machine), granule, -1, 5)
+    assert found.start_offset.tolist() == [segment.chunks[1].header_address - 0x7000_0000]
+    assert found.chunk_count.tolist() == [9]
 
 
 def test_run_arguments(kernels: ModuleType) -> None:

@@ -39,8 +39,12 @@ def one_segment(
     seed: int = 1,
     non_main: bool = False,
     block_bytes: int = 1 << 15,
+    fill: bool = True,
 ) -> BuiltHeap:
+    """``fill``: up to the block's end; else the block is as long as the plan."""
     builder = HeapBuilder(machine, random.Random(seed))
+    if plan is not None and not fill:
+        block_bytes = machine.phase + sum(size for size, _ in plan)
     builder.add_segment(BASE, block_bytes, ending=ending, non_main=non_main, plan=plan)
     return builder.heap
 
@@ -270,6 +274,35 @@ def test_marker_at_the_end_without_fencepost(kernels: ModuleType, machine: Machi
     assert inside.outcome.stop_reason is StopReason.BROKEN
 
 
+@pytest.mark.parametrize("machine", [MACHINE_64, MACHINE_32A8], ids=lambda machine: machine.name)
+@pytest.mark.parametrize("arena_flag", [0, 4])
+def test_smallest_chunk_before_the_end_marker(kernels: ModuleType, machine: Machine, arena_flag: int) -> None:
+    """The fencepost that a small rest of top makes has the size of a small chunk; only the flag tells them apart.
+
+    With 32-bit words and 16-byte alignment there is no chunk of that size.
+    """
+    size = machine.header_bytes + machine.alignment
+    heap = one_segment(machine, "open", [(4 * machine.alignment, IN_USE), (size, IN_USE)], non_main=True, fill=False)
+    segment = heap.segments[0]
+    last = segment.chunks[1].header_address
+    heap.memory.put(last + machine.word_bytes, size | 1 | arena_flag, machine.word_bytes)
+    marker = bytearray(machine.alignment)
+    marker[machine.word_bytes] = 1
+    memory = heap.segment_bytes(segment) + marker
+    walked = Walked(kernels, memory, geometry_of(machine), non_main=True)
+    chain = kernels.chain_reaches(memory, geometry_of(machine), 0, -1, 100)
+    assert walked.outcome.stop_reason is chain.stop_reason is StopReason.FENCEPOSTS_HEAP
+    assert walked.outcome.end_offset == chain.end_offset == len(memory)
+    if arena_flag:
+        assert walked.state_list == [0, 0, 7]
+        assert [code for code, _ in walked.anomalies] == [WalkAnomaly.MARKER_WITHOUT_FENCEPOST]
+        assert chain.chunk_count == 2
+    else:
+        assert walked.state_list == [0, 7, 7]
+        assert walked.anomalies == []
+        assert chain.chunk_count == 1
+
+
 @each_machine
 def test_arguments_that_contradict_each_other(kernels: ModuleType, machine: Machine) -> None:
     geometry = geometry_of(machine)
@@ -335,7 +368,9 @@ def test_resynchronise_finds_the_chunk_behind_a_broken_one(
     segment = heap.segments[0]
     stop = -1 if segment.top_address is None else segment.top_address - segment.start
     ordinary = [number for number, chunk in enumerate(segment.chunks) if chunk.state not in ("top", "fencepost")]
-    victim = random.Random(seed).choice(ordinary[1:-1])
+    # The last chunk's successor is top or a fencepost; in an open segment it has none.
+    victims = ordinary[1:-1] if ending == "open" else ordinary[1:]
+    victim = victims[-1] if seed == 0 else random.Random(seed).choice(victims)
     memory = bytearray(heap.segment_bytes(segment))
     offset = segment.chunks[victim].header_address - segment.start
     memory[offset + machine.word_bytes : offset + 2 * machine.word_bytes] = b"\xff" * machine.word_bytes
@@ -359,6 +394,24 @@ def test_resynchronise_proves_by_number_of_chunks(kernels: ModuleType, machine: 
         for proof_chunks in (63, 64, 65, 129, 131):
             found = kernels.resynchronise(memory, geometry, 0, -1, proof_chunks=proof_chunks)
             assert found == (machine.alignment if chunks >= proof_chunks else -1)
+
+
+@each_machine
+def test_chains_that_share_their_end_add_up(kernels: ModuleType, machine: Machine) -> None:
+    """A failed chain's chunks count for whoever meets it later, and so on."""
+    granule = machine.alignment
+    run = [4 * granule] * 70
+    heap = one_segment(machine, "open", [(16 * granule, IN_USE), *[(size, IN_USE) for size in run]], fill=False)
+    segment = heap.segments[0]
+    memory = bytearray(heap.segment_bytes(segment) + b"\xff" * 256)
+    starts = [chunk.header_address - segment.start for chunk in segment.chunks[1:]]
+    word = machine.word_bytes
+    memory[: 16 * granule] = b"\xff" * (16 * granule)
+    for stray, target in ((2 * granule, starts[40]), (4 * granule, starts[38]), (6 * granule, starts[35])):
+        memory[stray + word : stray + 2 * word] = (target - stray | 1).to_bytes(word, "little")
+    assert kernels.resynchronise(memory, geometry_of(machine), 0, -1, proof_chunks=70) == starts[0]
+    assert kernels.resynchronise(memory, geometry_of(machine), 0, -1, proof_chunks=36) == 6 * granule
+    assert kernels.resynchronise(memory, geometry_of(machine), 0, -1, proof_chunks=71) == -1
 
 
 @each_machine

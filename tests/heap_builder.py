@@ -127,7 +127,9 @@ class ImageMemory:
 
     def holds(self, address: int, byte_count: int) -> bool:
         """Whether one block has all of these bytes."""
-        return any(start <= address and address + byte_count <= start + len(block) for start, block in self.blocks.items())
+        return any(
+            start <= address and address + byte_count <= start + len(block) for start, block in self.blocks.items()
+        )
 
     def write(self, address: int, content: bytes) -> None:
         block, offset = self.locate(address, len(content))

@@ -31,7 +31,6 @@ from coreheap.allocators.glibc.version import LibcVersion, libc_version
 from coreheap.corefile import AddressSpace, Core
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Evidence, Strength
-from coreheap.kernels import ArenaCandidates
 from coreheap.quantities import format_address
 
 ARENA_ACCEPTED = 0.9
@@ -122,7 +121,7 @@ def sampled(members: tuple[int, ...]) -> tuple[int, ...]:
     return members[:: max(1, len(members) // ARENAS_SAMPLED)]
 
 
-def _heap_max_candidates(core: Core, layout: Layout) -> tuple[int, ...]:
+def _heap_max_candidates(layout: Layout) -> tuple[int, ...]:
     """Heap maxima to try: the default, and 4 x each huge page size that hugetlb settings allow (2.35-2.41)."""
     default = layout.word_class.default_heap_max
     if not layout.generation.heap_max_follows_hugetlb:
@@ -154,13 +153,9 @@ def identify(core: Core) -> Identification | None:
         tuple(locate.by_symbol(core, "main_arena")),
         tuple(locate.by_symbol(core, "mp_")),
     )
-    candidates = [candidate for layout in layouts if (candidate := _best_for(search, layout)) is not None]
+    candidates = [candidate for layout in layouts if (candidate := _by_symbol_or_sub_heaps(search, layout))]
     if not candidates:
-        # Only now the scan: it reads all writable memory, libc's own data first.
-        for hits in locate.scan(core, layouts):
-            candidates = [candidate for layout in layouts if (candidate := _best_for(search, layout, hits)) is not None]
-            if candidates:
-                break
+        candidates = _by_scan(search, layouts)
     if not candidates:
         candidates = [candidate for layout in layouts if (candidate := _without_arenas(search, layout)) is not None]
     if not candidates:
@@ -208,39 +203,46 @@ def _version_evidence(best: Identification, version: LibcVersion | None) -> tupl
     )
 
 
-def _best_for(search: _Search, layout: Layout, hits: ArenaCandidates | None = None) -> Identification | None:
-    """The best reading of the core under one layout, None where no arena fits it."""
+def _by_symbol_or_sub_heaps(search: _Search, layout: Layout) -> Identification | None:
+    """The best reading of the core under one layout from its symbols and sub-heaps, None where no arena fits it."""
     best: Identification | None = None
-    for heap_max in _heap_max_candidates(search.core, layout):
+    for heap_max in _heap_max_candidates(layout):
         headers = search.headers_for(layout, heap_max)
         # A sub-heap's own arena lies right behind heap_info: the layout's sizeof decides whether it is one.
-        own = frozenset(
+        own = {
             header.ar_ptr
             for header in headers
             if header.ar_ptr == header.address + layout.heap_info_bytes and header.prev == 0
-        )
-        sightings = list(search.symbols)
-        sightings.extend(
-            Sighting(
-                address,
-                Evidence(
-                    "a heap_info at an aligned address leads to this arena",
-                    "sub-heap headers",
-                    Strength.SOLID,
-                    address,
-                ),
-            )
-            for address in sorted(own)
-        )
-        if hits is not None:
-            sightings.extend(locate.arenas_of_next_hits(search.core, hits, layout))
+        }
+        found_by = "a heap_info at an aligned address leads to this arena"
+        sightings = [
+            *search.symbols,
+            *(
+                Sighting(address, Evidence(found_by, "sub-heap headers", Strength.SOLID, address))
+                for address in sorted(own)
+            ),
+        ]
         candidate = _identification(search, layout, heap_max, headers, sightings)
-        if candidate is None and hits is not None:
-            sightings = list(locate.arenas_of_empty_bins(search.core, hits, layout))
-            candidate = _identification(search, layout, heap_max, headers, sightings)
         if candidate is not None and (best is None or candidate.score > best.score):
             best = candidate
     return best
+
+
+def _by_scan(search: _Search, layouts: tuple[Layout, ...]) -> list[Identification]:
+    """Readings from the first stretch of writable memory that an arena is found in, libc's own data first."""
+    for hits in locate.scan(search.core, layouts):
+        for arenas_of in (locate.arenas_of_next_hits, locate.arenas_of_empty_bins):
+            candidates = []
+            for layout in layouts:
+                heap_max = layout.word_class.default_heap_max
+                headers = search.headers_for(layout, heap_max)
+                sightings = list(arenas_of(search.core, hits, layout))
+                candidate = _identification(search, layout, heap_max, headers, sightings)
+                if candidate is not None:
+                    candidates.append(candidate)
+            if candidates:
+                return candidates
+    return []
 
 
 def _identification(

@@ -27,6 +27,7 @@ from coreheap.heap import ChunkState, HeapSnapshot
 from coreheap.report import LedgerNode, Report
 from tests.core_builder import CoreBuilder, elf_image
 from tests.heap_builder import (
+    BINNED,
     FASTBIN,
     IN_USE,
     LARGE_BIN,
@@ -116,6 +117,7 @@ class Release:
     @property
     def tls_offsets(self) -> tuple[int, int]:
         """Offsets of tcache and thread_arena in libc's TLS block (Debian's builds; section 7.2)."""
+        rows: tuple[tuple[int, int, int], ...]
         if self.machine_name == "aarch64":
             rows = ((43, 0x20, 0x50), (38, 0x50, 0x58), (32, 0x50, 0x48), (0, 0x40, 0x48))
         elif self.machine.word_bytes == 8:
@@ -179,7 +181,8 @@ class Shape:
 
 
 ALONE = Shape()
-THREADS = Shape(sub_heaps=(3, 1), idle_threads=1, mmapped_leads=(0, 0x1000, 0))
+THREADS = Shape(sub_heaps=(3, 1), mmapped_leads=(0, 0x1000, 0))
+IDLE = Shape(sub_heaps=(3, 1), idle_threads=1)
 
 
 @dataclass(frozen=True)
@@ -277,6 +280,7 @@ class BuiltProcess:
     files: list[tuple[int, int, int, str]]
     unsaved: list[tuple[int, int, str]]
     program: int
+    signal: int = 11
 
     @property
     def machine(self) -> Machine:
@@ -291,6 +295,11 @@ class BuiltProcess:
             state = OWN if chunk.header_address in own else chunk.state
             found[state].add(chunk.payload_address(self.machine))
         return found
+
+    @property
+    def tcache_key(self) -> int:
+        """The random word that marks cached blocks (2.34+)."""
+        return TCACHE_KEY[self.machine.word_bytes]
 
     @property
     def lists(self) -> list[BuiltList]:
@@ -308,14 +317,12 @@ class BuiltProcess:
         return address + self.release.offsets(structure)[name]
 
     def put_field(self, structure: str, address: int, name: str, value: int) -> None:
-        write_fields(
-            self.builder.memory, self.machine, address, self.release.offsets(structure), {name: value}
-        )
+        write_fields(self.builder.memory, self.machine, address, self.release.offsets(structure), {name: value})
 
     def core(self, left_out: Collection[int] = ()) -> CoreBuilder:
         """The core; blocks that start at an address of ``left_out`` are there, but not saved."""
         core = CoreBuilder(8 * self.machine.word_bytes, self.release.machine_name)
-        core.signal = 11
+        core.signal = self.signal
         core.auxv[9] = self.program + 0x900
         core.auxv[3] = self.program + (64 if self.machine.word_bytes == 8 else 52)
         for start, end, offset, path in self.files:
@@ -328,9 +335,7 @@ class BuiltProcess:
         for address, content, byte_count, flags in sorted(segments, key=lambda row: row[0]):
             core.add_segment(address, content, byte_count, flags)
         for number, thread in enumerate(self.threads):
-            core.add_thread(
-                4242 + number, stack_pointer=thread.stack_pointer, thread_pointer=thread.thread_pointer
-            )
+            core.add_thread(4242 + number, stack_pointer=thread.stack_pointer, thread_pointer=thread.thread_pointer)
         return core
 
     def write(self, folder: Path, left_out: Collection[int] = ()) -> Path:
@@ -416,7 +421,7 @@ class _Assembly:
         self.memory.add(self.places.libc + LIBC_TEXT_BYTES + LIBC_DATA_BYTES, 0x2000)
         self.memory.add(self.places.main_stack, STACK_BYTES)
 
-    def _plan(self, room: int, *, with_cache: bool, ends_free: bool) -> list[tuple[int, str]]:
+    def _plan(self, room: int, *, with_cache: bool, ends_at_top: bool) -> list[tuple[int, str]]:
         """Chunks for ``room`` bytes; with a tcache structure's chunk where the release puts it."""
         constants, machine = self.release.constants, self.machine
         weights = dict(self.shape.mix.weights)
@@ -426,8 +431,11 @@ class _Assembly:
             del weights[FASTBIN]
         head: list[tuple[int, str]] = []
         if with_cache:
-            size = constants["tcache_struct_chunk_size_alt" if self.caches and self.release.minor == 43 else
-                             "tcache_struct_chunk_size"]
+            size = constants[
+                "tcache_struct_chunk_size_alt"
+                if self.caches and self.release.minor == 43
+                else "tcache_struct_chunk_size"
+            ]
             if self.release.has_dummy_tcache:
                 head += [(machine.chunk_bytes_for(40), IN_USE), (machine.chunk_bytes_for(300), SMALL_BIN)]
             head.append((size, IN_USE))
@@ -438,21 +446,27 @@ class _Assembly:
             (size, IN_USE if state == TCACHE and size > most else state)
             for size, state in random_plan(self.rng, machine, room, mix)
         ]
-        if head and body and body[0][1] in (UNSORTED_BIN, SMALL_BIN, LARGE_BIN):
+        if head and body and body[0][1] in BINNED:
             body[0] = (body[0][0], IN_USE)
-        if ends_free and len(body) > 1 and body[-2][1] not in (UNSORTED_BIN, SMALL_BIN, LARGE_BIN):
-            body[-1] = (body[-1][0], UNSORTED_BIN)
+        if body and not ends_at_top:
+            # The last chunk grows up to the fencepost: what was left of top, or a chunk in use.
+            was_top = self.rng.random() < 0.5 and len(body) > 1 and body[-2][1] not in BINNED
+            body[-1] = (body[-1][0], UNSORTED_BIN if was_top else IN_USE)
         return head + body
 
     def _segment(
-        self, block: int, byte_count: int, *, skip: int = 0, ending: str = "top", non_main: bool = False,
+        self,
+        block: int,
+        byte_count: int,
+        *,
+        skip: int = 0,
+        ending: str = "top",
+        non_main: bool = False,
         with_cache: bool = False,
     ) -> BuiltSegment:
         room = byte_count - skip - self.machine.alignment - (0x400 if ending == "top" else 0x40)
-        plan = self._plan(room, with_cache=with_cache, ends_free=ending != "top" and self.rng.random() < 0.5)
-        segment = self.builder.add_segment(
-            block, byte_count, skip=skip, ending=ending, non_main=non_main, plan=plan
-        )
+        plan = self._plan(room, with_cache=with_cache, ends_at_top=ending == "top")
+        segment = self.builder.add_segment(block, byte_count, skip=skip, ending=ending, non_main=non_main, plan=plan)
         if with_cache:
             size_of = 2 if self.release.has_dummy_tcache else 0
             self.caches.append(segment.chunks[size_of])
@@ -505,7 +519,11 @@ class _Assembly:
             skip = constants["first_chunk_offset_in_arena_heap" if age == 0 else "first_chunk_offset_in_sub_heap"]
             ending = "top" if is_newest else ("heap_fence", "short_heap_fence")[age % 2]
             segment = self._segment(
-                heap, size, skip=skip, ending=ending, non_main=True,
+                heap,
+                size,
+                skip=skip,
+                ending=ending,
+                non_main=True,
                 with_cache=self.release.has_tcache and age == 0 and number < self._threads_with_arena,
             )
             assert segment.start == heap + skip
@@ -601,9 +619,7 @@ class _Assembly:
         if self.release.has_tcache:
             self.memory.put(block + tcache_at, tcache or dummy, word)
         self.memory.put(block + arena_at, arena, word)
-        self.threads.append(
-            BuiltThread(pointer, stack_pointer, arena, tcache, (mapping, mapping + STACK_BYTES))
-        )
+        self.threads.append(BuiltThread(pointer, stack_pointer, arena, tcache, (mapping, mapping + STACK_BYTES)))
 
     def _write_arenas(self, main: BuiltArena, others: list[BuiltArena]) -> None:
         ring = [main, *reversed(others)]
@@ -657,7 +673,8 @@ class _Assembly:
                 "sbrk_base": self.places.brk,
                 "tcache_bins": 64,
                 "tcache_small_bins": 64,
-                "tcache_max_bytes": newer_most if self.release.minor >= 43 or self.release.name == "2.42-branch"
+                "tcache_max_bytes": newer_most
+                if self.release.minor >= 43 or self.release.name == "2.42-branch"
                 else default_most,
                 "tcache_count": constants["tcache_default_fill"] or 0,
             },
@@ -696,6 +713,7 @@ def mapped_bytes_of(core: coreheap.Core) -> int:
 
 __all__ = [
     "ALONE",
+    "IDLE",
     "OWN",
     "THREADS",
     "BuiltArena",

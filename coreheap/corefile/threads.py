@@ -30,9 +30,7 @@ from coreheap.corefile.notes import (
 )
 from coreheap.evidence import Gap
 
-_NOTES_OF_THE_PROCESS: Final = frozenset(
-    (NT_PRPSINFO, NT_AUXV, NT_SIGINFO, NT_FILE, NT_X86_XSAVE_LAYOUT)
-)
+_NOTES_OF_THE_PROCESS: Final = frozenset((NT_PRPSINFO, NT_AUXV, NT_SIGINFO, NT_FILE, NT_X86_XSAVE_LAYOUT))
 """They stand among the threads' notes: the kernel writes most right behind the first
 NT_PRSTATUS."""
 
@@ -189,9 +187,7 @@ def threads_of(table: ThreadTable) -> tuple[Thread, ...]:
     )
 
 
-def _aarch64_thread_pointers(
-    data: Bytes, table: ThreadTable, status_rows: npt.NDArray[np.intp]
-) -> None:
+def _aarch64_thread_pointers(data: Bytes, table: ThreadTable, status_rows: npt.NDArray[np.intp]) -> None:
     """NT_ARM_TLS: tpidr_el0, since Linux 6.3 followed by tpidr2_el0."""
     rows, owner = _notes_of_threads(table, NT_ARM_TLS, 8, status_rows)
     offsets = table.notes.file_offset[rows].astype(np.intp)
@@ -199,9 +195,7 @@ def _aarch64_thread_pointers(
     table.has_thread_pointer[owner] = True
 
 
-def _i386_thread_pointers(
-    data: Bytes, table: ThreadTable, status_rows: npt.NDArray[np.intp]
-) -> None:
+def _i386_thread_pointers(data: Bytes, table: ThreadTable, status_rows: npt.NDArray[np.intp]) -> None:
     """NT_386_TLS: struct user_desc {entry_number, base_addr, limit, flags}; gs selects one."""
     rows, owner = _notes_of_threads(table, NT_386_TLS, 16, status_rows)
     selected = (table.register("gs") >> np.uint64(3)).tolist()

@@ -17,9 +17,7 @@ from coreheap.errors import InputNotUsable, MemoryFault
 from tests.core_builder import CoreBuilder, elf_image, note
 
 PAGE = 4096
-many = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+many = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MACHINES = [(64, "x86_64"), (32, "i386"), (64, "aarch64")]
 
 
@@ -92,9 +90,7 @@ def test_the_cores_themselves_are_sound(tmp_path: Path) -> None:
 
 @many
 @given(machine=st.sampled_from(list(CORES)), cut=st.floats(0, 1, exclude_max=True))
-def test_every_truncation_opens_partly_or_is_refused(
-    tmp_path: Path, machine: str, cut: float
-) -> None:
+def test_every_truncation_opens_partly_or_is_refused(tmp_path: Path, machine: str, cut: float) -> None:
     content = CORES[machine]
     kept = content[: int(len(content) * cut)]
     path = tmp_path / "core"
@@ -134,9 +130,7 @@ def test_random_bytes_behind_a_header(tmp_path: Path, machine: str, content: byt
     st.sampled_from(list(CORES)),
     st.lists(st.tuples(st.integers(0, 3500), st.integers(0, 255)), min_size=1, max_size=8),
 )
-def test_changed_bytes_in_headers_and_notes(
-    tmp_path: Path, machine: str, changes: list[tuple[int, int]]
-) -> None:
+def test_changed_bytes_in_headers_and_notes(tmp_path: Path, machine: str, changes: list[tuple[int, int]]) -> None:
     content = bytearray(CORES[machine])
     for position, value in changes:
         content[position % len(content)] = value
@@ -156,9 +150,7 @@ def test_changed_bytes_in_headers_and_notes(
         max_size=6,
     ),
 )
-def test_extreme_numbers_in_program_headers(
-    tmp_path: Path, machine: str, changes: list[tuple[int, int, int]]
-) -> None:
+def test_extreme_numbers_in_program_headers(tmp_path: Path, machine: str, changes: list[tuple[int, int, int]]) -> None:
     content = bytearray(CORES[machine])
     for row, field, value in changes:
         if machine == "i386":
@@ -173,9 +165,7 @@ def test_extreme_numbers_in_program_headers(
     st.sampled_from(list(CORES)),
     st.lists(st.tuples(st.integers(0, 2 * PAGE - 1), st.integers(0, 255)), min_size=1, max_size=20),
 )
-def test_changed_bytes_in_a_module_of_the_core(
-    tmp_path: Path, machine: str, changes: list[tuple[int, int]]
-) -> None:
+def test_changed_bytes_in_a_module_of_the_core(tmp_path: Path, machine: str, changes: list[tuple[int, int]]) -> None:
     content = bytearray(CORES[machine])
     start = content.index(b"\x7fELF", 64)
     for position, value in changes:
@@ -197,9 +187,7 @@ def test_random_descriptors(tmp_path: Path, descriptor: bytes, kind: int) -> Non
 
 @many
 @given(st.sampled_from([gzip.compress, lzma.compress]), st.floats(0, 1), st.integers(0, 255))
-def test_changed_bytes_in_a_compressed_core(
-    tmp_path: Path, pack: object, place: float, value: int
-) -> None:
+def test_changed_bytes_in_a_compressed_core(tmp_path: Path, pack: object, place: float, value: int) -> None:
     assert callable(pack)
     content = bytearray(pack(CORES["x86_64"]))
     content[int(place * (len(content) - 1))] = value

@@ -204,7 +204,7 @@ def _arenas(page: Page, heap: HeapSnapshot) -> None:
     limit = "" if heap.narenas_limit is None else f", limit {heap.narenas_limit}"
     order = "by memory held" if total > 1 else ""
     page.heading("Arenas", f"{total:,}{limit}{'; ' if order else ''}{order}")
-    wide = page.width >= 100
+    wide = page.width >= 112
     columns = [("arena", True), ("held", True), ("in use", True), ("free", True), ("top", True)]
     columns += [("heaps", True), ("threads", True), ("notes", False)]
     if wide:

@@ -115,7 +115,7 @@ def table_text(name: str, table: Table, style: PageStyle) -> str:
         table = Table(table.columns, tuple(row for row in table.rows if row[held] or row[error]))
     total = len(table.rows)
     shown = table.largest(view.largest_by, style.top) if view.largest_by else _first(table, style.top)
-    columns = view.columns + (view.wide_columns if page.width >= 100 else ())
+    columns = view.columns + (view.wide_columns if page.width >= 112 else ())
     places = [table.column_index(column) for column, _ in columns]
     kinds = [table.columns[place].kind for place in places]
     drawn = plain_table(
@@ -133,7 +133,7 @@ def table_text(name: str, table: Table, style: PageStyle) -> str:
 def chunks_text(largest: LargestChunks, style: PageStyle) -> str:
     """The largest chunks for people, then a line that says how many passed the filters."""
     page = Page(style)
-    wide = page.width >= 100
+    wide = page.width >= 112
     columns = [("payload", False), ("bytes", True), ("usable", True), ("state", False)]
     columns += [("arena", True), ("sub-heap", False)]
     if wide:

@@ -36,7 +36,8 @@ def documents(core: Path, kernels: str) -> tuple[object, str]:
 
     def run(*arguments: str) -> str:
         command = [sys.executable, "-m", "coreheap", *arguments]
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        # Not from the checkout, which python -m would put before the installed package.
+        return subprocess.run(command, env=environment, cwd="/", check=True, capture_output=True, text=True).stdout
 
     report = json.loads(run("analyze", str(core), "--json"))
     assert report["tool"].pop("kernels") == kernels

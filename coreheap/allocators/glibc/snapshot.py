@@ -121,9 +121,16 @@ def _caches(
                     "no thread's tcache could be told from its thread-local storage: cached blocks may count as in use",
                 )
             )
-    if words.tcache_offset is not None and _has_unclaimed_cache(found, walk, caches):
-        caches += _caches_of_past_threads(core, found, words.tcache_offset, excluded, caches)
+    if words.tcache_offset is not None and _may_have_past_threads(core, found):
+        caches += _caches_of_past_threads(core, found, walk, words.tcache_offset, excluded, caches)
     return caches, gaps
+
+
+def _may_have_past_threads(core: Core, found: Identification) -> bool:
+    """Whether arenas or threads look like those of a fork's child, where the parent's other threads vanished."""
+    return len(core.threads) == 1 or bool(
+        (~np.isin(np.array(found.ring.members, np.uint64), found.thread_words.arena)).any()
+    )
 
 
 def _has_unclaimed_cache(found: Identification, walk: HeapWalk, caches: list[Cache]) -> bool:
@@ -147,15 +154,24 @@ def _has_unclaimed_cache(found: Identification, walk: HeapWalk, caches: list[Cac
 def _caches_of_past_threads(
     core: Core,
     found: Identification,
+    walk: HeapWalk,
     tcache_offset: int,
     excluded: list[tuple[int, int]],
     known: list[Cache],
 ) -> list[Cache]:
-    """Caches of threads that vanished in fork: their descriptors and TLS are still in the stacks they left."""
+    """Caches of threads that vanished in fork: their descriptors and TLS are still in the stacks they left.
+
+    Descriptors are searched for only when the heap has a tcache structure that no running thread has. Where they cannot
+    be recognised, structures that hold blocks are proven by their lists.
+    """
     seen = {cache.address for cache in known}
+    table = _table(found.layout, walk, ())
+    by_structure = [cache for cache in caches_by_structure(core, found.layout, table) if cache.address not in seen]
+    if not by_structure and not _has_unclaimed_cache(found, walk, known):
+        return []
     result = []
-    descriptors = descriptors_without_thread(core, anonymous_ranges(core, excluded)) or ()
-    for pointer in descriptors:
+    descriptors = descriptors_without_thread(core, anonymous_ranges(core, excluded))
+    for pointer in descriptors or ():
         try:
             address = core.memory.read_word(pointer + tcache_offset)
         except MemoryFault:
@@ -164,7 +180,7 @@ def _caches_of_past_threads(
         if cache is not None and address not in seen:
             seen.add(address)
             result.append(cache)
-    return result
+    return result if descriptors is not None else by_structure
 
 
 def _mark_unlisted_top(survey: ArenaSurvey, walk: HeapWalk) -> None:

@@ -20,6 +20,7 @@ from coreheap.heap import ChunkTable
 from coreheap.kernels import ChunkState
 
 TCACHES_BY_STRUCTURE_LIMIT = 1 << 16
+ROWS_AT_ONCE = 1 << 12
 TCACHE_NODES_SAMPLED = 64
 
 
@@ -125,19 +126,42 @@ def caches_by_structure(core: Core, layout: Layout, chunks: ChunkTable) -> list[
 
     Only those that hold blocks: their lists prove them. An empty one looks like any zeroed block of its size.
     """
-    caches = []
+    caches: list[Cache] = []
     sizes = np.array(layout.tcache_chunk_bytes, np.uint64)
     for batch in chunks.batches():
         if batch.is_mmapped:
             continue
         fits = np.isin(batch.chunk_bytes, sizes) & (batch.state == ChunkState.IN_USE)
-        for address in batch.payload_address[fits][:TCACHES_BY_STRUCTURE_LIMIT].tolist():
+        for address in _with_lists(core.memory, layout, batch.payload_address[fits]).tolist():
             cache = cache_at(core, layout, address, None)
-            if cache is None or not cache.state.entries.any():
+            if cache is None:
                 continue
             good, seen = links_of_tcache(core.memory, layout, cache.state.entries, address)
             if good == seen:
                 caches.append(cache)
-        if len(caches) >= TCACHES_BY_STRUCTURE_LIMIT:
-            break
+            if len(caches) >= TCACHES_BY_STRUCTURE_LIMIT:
+                return caches
     return caches
+
+
+def _with_lists(memory: AddressSpace, layout: Layout, addresses: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Those payload addresses at which every word where a tcache has a list head is 0 or a possible pointer, and not all 0.
+
+    A program may have any number of blocks of a tcache structure's size; most of them do not get past this.
+    """
+    fields = layout.tcache
+    if fields is None or not len(addresses):
+        return addresses[:0]
+    entries = fields.fields["entries"]
+    run = np.searchsorted(memory.run_start, addresses, side="right") - 1
+    saved = (run >= 0) & (addresses + np.uint64(fields.byte_count) <= memory.run_end[np.maximum(run, 0)])
+    addresses, run = addresses[saved], run[saved]
+    offset = (addresses - memory.run_start[run] + memory.run_file_offset[run]).astype(np.int64)
+    kept = [addresses[:0]]
+    columns = entries.offset + np.arange(entries.count * entries.element_bytes)
+    for first in range(0, len(addresses), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        words = memory.file[offset[rows, None] + columns].view(f"<u{entries.element_bytes}")
+        aligned = (words % layout.word_class.alignment == 0).all(axis=1)
+        kept.append(addresses[rows][aligned & words.any(axis=1)])
+    return np.concatenate(kept)

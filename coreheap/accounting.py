@@ -141,6 +141,11 @@ def _claim_heap(claims: Claims, heap: HeapSnapshot) -> None:
         claims.add(label, address, [start + span for start, span in zip(address, spans, strict=True)])
     for arena in heap.arenas:
         if arena.brk_range is not None:
+            # The first header is where the payload behind it is aligned: 8 bytes into the page with 4-byte words.
+            start = arena.brk_range.start
+            headers = heap.chunks.index.geometry
+            skipped = (headers.granule_phase - start) % headers.alignment
+            claims.add("main_alignment", [start], [start + skipped])
             claims.add("main_unexplained", [arena.brk_range.start], [arena.brk_range.end])
 
 

@@ -29,7 +29,7 @@ _FACTORS = {
         for suffix in ("", "b", "ib")
     },
 }
-_SIZE = re.compile(r"\s*(0x[0-9a-fA-F]+|[0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*\Z")
+_SIZE = re.compile(r"\s*(0x[0-9a-fA-F]{1,40}|[0-9]{1,40}(?:\.[0-9]{1,40})?)\s*([A-Za-z]*)\s*\Z")
 
 
 @dataclass(frozen=True, slots=True, order=True)

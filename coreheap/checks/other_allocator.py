@@ -25,9 +25,9 @@ class KnownAllocator:
 
 # Debian's musl is libc.so in a folder of musl's; a libc.so elsewhere may as well be Android's.
 KNOWN_ALLOCATORS = (
-    KnownAllocator("jemalloc", re.compile(r"/libjemalloc[.\-_0-9a-z]*\.so[^/]*$")),
+    KnownAllocator("jemalloc", re.compile(r"/libjemalloc([.\-_][.\-_0-9a-z]*)?\.so[^/]*$")),
     KnownAllocator("tcmalloc", re.compile(r"/libtcmalloc[_a-z]*[.\-_0-9]*\.so[^/]*$")),
-    KnownAllocator("mimalloc", re.compile(r"/libmimalloc[.\-_0-9a-z]*\.so[^/]*$")),
+    KnownAllocator("mimalloc", re.compile(r"/libmimalloc([.\-_][.\-_0-9a-z]*)?\.so[^/]*$")),
     KnownAllocator("musl", re.compile(r"/(ld-musl-[^/]+|libc\.musl-[^/]+)\.so[^/]*$|musl[^/]*/libc\.so$")),
     KnownAllocator("snmalloc", re.compile(r"/libsnmallocshim[.\-_0-9a-z]*\.so[^/]*$")),
     KnownAllocator("Hoard", re.compile(r"/libhoard[.\-_0-9a-z]*\.so[^/]*$")),

@@ -103,8 +103,14 @@ class AddressSpace:
         return int((self.run_end - self.run_start).sum())
 
     def writable_bytes_not_saved(self) -> int:
-        """Bytes of writable memory that the core should or could hold and does not."""
-        missing = ((self.region_flags & 2) != 0) & (self.region_backing != Backing.SAVED)
+        """Bytes of writable memory that the core could hold and does not: anonymous, or cut off with the file's end.
+
+        Mappings of files that were left out do not count; the files hold them.
+        """
+        missing = ((self.region_flags & 2) != 0) & (
+            (self.region_backing == Backing.TRUNCATED)
+            | ((self.region_backing == Backing.NOT_SAVED) & (self.region_file_index < 0))
+        )
         return int((self.region_end[missing] - self.region_start[missing]).sum())
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coreheap.allocators.glibc.identify import Identification
+from coreheap.allocators.glibc.locate import mapping_end
 from coreheap.allocators.glibc.records import (
     FREE_LIST_LIMIT,
     ArenaState,
@@ -84,7 +85,7 @@ def survey_arenas(core: Core, found: Identification) -> ArenaSurvey:
             if state is None:
                 arenas.append(_main_without_state(core, found, address, gaps))
             else:
-                arenas.append(_main_arena(core, found, state, free_list, gaps))
+                arenas.append(_main_arena(core, found, state, free_list, anomalies, gaps))
         else:
             by_header = headers.get(address, {})
             arenas.append(_other_arena(core, found, address, state, len(arenas), by_header, free_list, anomalies, gaps))
@@ -127,6 +128,7 @@ def _main_arena(
     found: Identification,
     state: ArenaState,
     free_list: dict[int, bool],
+    anomalies: list[Anomaly],
     gaps: list[Gap],
 ) -> ArenaFacts:
     top_bytes = _size_at(core, state.top) if state.top else 0
@@ -141,10 +143,7 @@ def _main_arena(
                     AddressRange(state.top, state.top),
                 )
             )
-        end = state.top + top_bytes if top_bytes else sbrk_base + state.system_mem
-        start = sbrk_base or end - state.system_mem
-        if 0 < start < end and end - start <= state.system_mem:
-            brk_range = AddressRange(start, end)
+        brk_range = _brk_range(core, state, top_bytes, sbrk_base, anomalies)
     return ArenaFacts(
         0,
         state.address,
@@ -156,6 +155,34 @@ def _main_arena(
         top_bytes,
         free_list.get(state.address),
     )
+
+
+def _brk_range(
+    core: Core, state: ArenaState, top_bytes: int | None, sbrk_base: int, anomalies: list[Anomaly]
+) -> AddressRange | None:
+    """The contiguous main arena's memory, which is [sbrk_base, end of top) and system_mem long; None where nothing fits.
+
+    Where the three contradict each other the range stays inside the mapping of whichever is mapped, sbrk_base first.
+    """
+    end = state.top + top_bytes if state.top and top_bytes else 0
+    start = sbrk_base or end - state.system_mem
+    mapped_end = mapping_end(core.memory, start)
+    if end == start + state.system_mem and end <= mapped_end:
+        return AddressRange(start, end)
+    if top_bytes is not None:
+        anomalies.append(
+            Anomaly(
+                "top_not_at_end_of_brk",
+                state.address,
+                f"top to end {state.system_mem:#x} bytes (system_mem) behind sbrk_base {format_address(start)}",
+                f"top at {format_address(state.top)} of {top_bytes:#x} bytes",
+                0,
+            )
+        )
+    if mapped_end <= start:
+        return None
+    expected = start + state.system_mem
+    return AddressRange(start, expected if expected <= mapped_end else mapped_end)
 
 
 def _main_without_state(core: Core, found: Identification, address: int | None, gaps: list[Gap]) -> ArenaFacts:

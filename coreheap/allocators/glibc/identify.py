@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from coreheap.allocators.glibc import locate
-from coreheap.allocators.glibc.layouts import GENERATIONS, WORD_CLASSES, WORD_CLASSES_OF_MACHINE
+from coreheap.allocators.glibc.layouts import GENERATIONS, WORD_CLASS_OF_MACHINE, WORD_CLASSES
 from coreheap.allocators.glibc.locate import ArenaRing, Sighting, heap_behind_program
 from coreheap.allocators.glibc.parameters import (
     Parameters,
@@ -25,7 +25,12 @@ from coreheap.allocators.glibc.records import (
     read_arena,
     read_tcache,
 )
-from coreheap.allocators.glibc.tcache import counts_agree, is_tcache, links_of_tcache
+from coreheap.allocators.glibc.tcache import (
+    counts_agree,
+    is_tcache,
+    links_of_tcache,
+    may_stand_for_tcache,
+)
 from coreheap.allocators.glibc.threads import ThreadWords, find_thread_words
 from coreheap.allocators.glibc.version import LibcVersion, libc_version
 from coreheap.corefile import AddressSpace, Core
@@ -35,6 +40,9 @@ from coreheap.quantities import format_address
 
 ARENA_ACCEPTED = 0.9
 """Share of an arena's invariants that must hold before a place counts as an arena at all."""
+
+FIRST_CHUNK_TRUST = 0.5
+"""What a tcache structure in a heap's first chunk is worth beside one that a thread's storage leads to."""
 
 ARENAS_SAMPLED = 64
 TCACHES_SAMPLED = 16
@@ -63,8 +71,10 @@ class Identification:
 def layouts_for(core: Core) -> tuple[Layout, ...]:
     """Every layout that the core's machine may have, newest first."""
     return tuple(
-        Layout(generation, WORD_CLASSES[name])
-        for name in WORD_CLASSES_OF_MACHINE[core.machine]
+        Layout(
+            generation,
+            WORD_CLASSES[WORD_CLASS_OF_MACHINE.get(core.machine, generation.i386_word_class)],
+        )
         for generation in reversed(GENERATIONS)
     )
 
@@ -162,7 +172,15 @@ def identify(core: Core) -> Identification | None:
         return None
     version = libc_version(core)
     # Of equal scores the one that the banner names comes first; a banner never beats a better score.
-    candidates.sort(key=lambda candidate: (-candidate.score, not _names(candidate, version)))
+    # Then comes the one that more threads' tcaches fit, and of these the one that allows for more of them.
+    candidates.sort(
+        key=lambda candidate: (
+            -candidate.score,
+            not _names(candidate, version),
+            -candidate.thread_words.tcache_hits,
+            -len(candidate.layout.tcache_chunk_bytes),
+        )
+    )
     best = candidates[0]
     # Generations whose differences leave no trace in this core score alike; the report names them all.
     tied = [
@@ -271,7 +289,13 @@ def _identification(
     for sighting in sightings:
         if sighting.address in covered or score_of(sighting.address) < ARENA_ACCEPTED:
             continue
-        ring = locate.ring_from(memory, sighting.address, layout, heap_max)
+        ring = locate.ring_from(
+            memory,
+            sighting.address,
+            layout,
+            heap_max,
+            lambda address: not 0 <= score_of(address) < ARENA_ACCEPTED,
+        )
         covered.update(ring.members)
         known = [score for member in sampled(ring.members) if (score := score_of(member)) >= 0]
         # Damage in some arenas must not hide the others; a ring of mostly something else is not one.
@@ -293,6 +317,11 @@ def _identification(
         parts["parameters"] = parameters.score if parameters else 0.0
         evidence.extend(parameters_evidence(memory, layout, best_ring, parameters))
     first_payloads = [
+        layout.aligned_header(base) + header_bytes
+        for base in ([parameters.values["sbrk_base"]] if parameters else [])
+        if base
+    ]
+    first_payloads += [
         member - layout.heap_info_bytes + layout.first_chunk_in_arena_heap + header_bytes for member in best_ring.others
     ]
     return _with_threads(core, layout, heap_max, best_ring, headers, parameters, parts, evidence, first_payloads)
@@ -344,13 +373,20 @@ def _with_threads(
     allocation makes its tcache there.
     """
     memory = core.memory
-    words = find_thread_words(core, ring.members, lambda address: is_tcache(memory, layout, address))
+    words = find_thread_words(
+        core,
+        ring.members,
+        lambda address: is_tcache(memory, layout, address),
+        lambda address: may_stand_for_tcache(memory, layout, address),
+    )
     addresses = [int(address) for address in words.tcache.tolist() if address]
+    trust = 1.0
     if not addresses:
+        trust = FIRST_CHUNK_TRUST
         addresses = [address for address in first_payloads if is_tcache(memory, layout, address)]
     tcache_share, link_share = _tcache_score(memory, layout, addresses[:TCACHES_SAMPLED])
     if tcache_share is not None:
-        parts["tcache"] = tcache_share
+        parts["tcache"] = trust * tcache_share
     if link_share is not None:
         parts["links"] = link_share
     if words.arena_hits:

@@ -84,7 +84,8 @@ WORD_CLASSES = {
     ),
 }
 
-WORD_CLASSES_OF_MACHINE = {"x86_64": ("64",), "aarch64": ("64",), "i386": ("32a16", "32a8")}
+WORD_CLASS_OF_MACHINE = {"x86_64": "64", "aarch64": "64"}
+"""Machines whose word class is the same in all releases; i386's is the generation's."""
 
 # --- Structures: fields in C order; int is 4 bytes, word is SIZE_SZ ---------------------------------------------
 
@@ -154,6 +155,7 @@ GENERATIONS = (
         malloc_state="2.12 stock",
         malloc_par="2.12 stock",
         heap_info="2.12",
+        i386_word_class="32a8",
         arena_limit="none",
         flags_hold_fastchunks=True,
     ),
@@ -163,6 +165,7 @@ GENERATIONS = (
         malloc_state="2.12 PER_THREAD",
         malloc_par="2.12 PER_THREAD",
         heap_info="2.12",
+        i386_word_class="32a8",
         flags_hold_fastchunks=True,
     ),
     Generation(
@@ -171,6 +174,7 @@ GENERATIONS = (
         malloc_state="2.12 PER_THREAD",
         malloc_par="2.15",
         heap_info="2.12",
+        i386_word_class="32a8",
         flags_hold_fastchunks=True,
         next_is_static=True,
     ),
@@ -180,6 +184,7 @@ GENERATIONS = (
         malloc_state="2.23",
         malloc_par="2.15",
         heap_info="2.12",
+        i386_word_class="32a8",
         flags_hold_fastchunks=True,
         next_is_static=True,
     ),
@@ -189,6 +194,7 @@ GENERATIONS = (
         malloc_state="2.23",
         malloc_par="2.24",
         heap_info="2.12",
+        i386_word_class="32a8",
         flags_hold_fastchunks=True,
         next_is_static=True,
     ),

@@ -6,7 +6,7 @@ Does not decide: ``identify`` scores what is found here and picks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,8 +123,16 @@ def sub_heap_headers(core: Core, layout: Layout, heap_max: int) -> tuple[HeapInf
     return tuple(headers)
 
 
-def ring_from(memory: AddressSpace, start: int, layout: Layout, heap_max: int) -> ArenaRing:
+def ring_from(
+    memory: AddressSpace,
+    start: int,
+    layout: Layout,
+    heap_max: int,
+    may_be_arena: Callable[[int], bool] = lambda address: True,
+) -> ArenaRing:
     """The ring of arenas by ``next`` from one member; main is the one that does not lie right behind a heap_info.
+
+    ``may_be_arena`` is asked of members that could be main: a damaged ``next`` may lead anywhere, and ends the ring.
 
     New arenas are linked in behind main_arena, so the ring is main, newest, ..., oldest (arena.c, all releases).
     """
@@ -135,6 +143,8 @@ def ring_from(memory: AddressSpace, start: int, layout: Layout, heap_max: int) -
     while len(members) < FREE_LIST_LIMIT:
         if address in seen:
             is_closed = address == start
+            break
+        if address % heap_max != layout.heap_info_bytes and not may_be_arena(address):
             break
         try:
             following = memory.read_word(address + next_offset)
@@ -269,7 +279,15 @@ def heap_behind_program(core: Core, layout: Layout) -> list[tuple[int, int]]:
             1 << 62,
             region_bytes=end - base,
         )
-        if chain.stop_reason in (StopReason.END, StopReason.CUT) and chain.chunk_count >= CHUNKS_THAT_PROVE:
+        reaches_end = chain.stop_reason in (StopReason.END, StopReason.CUT)
+        if chain.stop_reason is StopReason.BROKEN:
+            # With 4-byte words and 16-byte alignment top's size is no chunk's; it reaches to the end all the same.
+            header = base + chain.end_offset
+            size_at = header + core.word_bytes
+            reaches_end = core.memory.is_saved(size_at, size_at + core.word_bytes) and (
+                core.memory.read_word(size_at) & ~7 == end - header
+            )
+        if reaches_end and chain.chunk_count >= CHUNKS_THAT_PROVE:
             return [(base, end)]
     return []
 
@@ -285,6 +303,15 @@ def anonymous_mappings(memory: AddressSpace) -> tuple[UInt64s, UInt64s]:
     begins[1:] = (start[1:] != end[:-1]) | (segment[1:] != segment[:-1])
     first = np.flatnonzero(begins)
     return start[first], end[np.append(first[1:], len(chosen)) - 1]
+
+
+def mapping_end(memory: AddressSpace, address: int) -> int:
+    """Where the writable anonymous mapping that holds an address ends; the address itself where none does."""
+    if not 0 <= address < 1 << 64:
+        return address
+    starts, ends = anonymous_mappings(memory)
+    mapping = int(np.searchsorted(starts, np.uint64(address), side="right")) - 1
+    return max(address, int(ends[mapping])) if mapping >= 0 else address
 
 
 def anonymous_ranges(core: Core, excluded: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -29,6 +29,8 @@ from coreheap.kernels import (
 from coreheap.quantities import AddressRange, format_address
 
 FIRST_LARGE_BIN = 64
+MOST_CACHED = 1 << 16
+"""More blocks than a tcache bin can count."""
 
 LIST_ERROR_TEXTS = {
     ListError.WRONG_SIZE: ("a chunk of the list's sizes", "another size"),
@@ -101,9 +103,12 @@ class Overlay:
             if arena.state is None:
                 continue
             for number in range(1, BIN_COUNT + 1):
-                head = int(arena.state.bins[2 * (number - 1)])
+                head, tail = (int(word) for word in arena.state.bins[2 * (number - 1) : 2 * number])
                 sentinel = self.layout.bin_header(arena.state.address, number)
+                if head == tail == sentinel:
+                    continue
                 if head in (0, sentinel):
+                    self._note_lost_head(arena, number, sentinel, head, tail)
                     continue
                 kind = (
                     ChunkState.UNSORTED_BIN
@@ -122,6 +127,21 @@ class Overlay:
                     (arena.index, None, number),
                 )
         self._follow(columns, ListKind.DOUBLY, False)
+
+    def _note_lost_head(self, arena: ArenaFacts, number: int, sentinel: int, head: int, tail: int) -> None:
+        """A bin whose fd says empty and whose bk does not; an arena that was never used has all its bins 0."""
+        if arena.state is None or not arena.state.bins.any():
+            return
+        self.anomaly_count += 1
+        self.anomalies.append(
+            Anomaly(
+                "bin_head_damaged",
+                sentinel,
+                f"bin {number}: fd and bk of its own address, or of chunks",
+                f"fd {format_address(head)}, bk {format_address(tail)}",
+                arena.index,
+            )
+        )
 
     def fastbins(self, arenas: tuple[ArenaFacts, ...]) -> None:
         """Fastbins of every arena whose malloc_state was saved (up to 2.42)."""
@@ -142,7 +162,8 @@ class Overlay:
             for bin_number in np.flatnonzero(cache.state.entries).tolist():
                 count = int(cache.state.counts[bin_number])
                 if self.layout.generation.tcache_counts_free_slots:
-                    count = tcache_count - count if tcache_count is not None else -1
+                    used = tcache_count - count if tcache_count is not None else -1
+                    count = used if 0 <= used < MOST_CACHED else -1
                 columns.add(
                     int(cache.state.entries[bin_number]),
                     ChunkState.TCACHE,

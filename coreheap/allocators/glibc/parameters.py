@@ -122,6 +122,8 @@ def _score_places(
     if start_of_brk is not None:
         checks.append((4, sbrk_base == np.uint64(start_of_brk & (2**64 - 1))))
     else:
+        # Set at the arena's first growth, by brk or by mmap.
+        checks.append((2, mapped_writable(core.memory, sbrk_base)))
         checks.append((1, mapped_writable(core.memory, sbrk_base) | (sbrk_base == 0)))
     if "arena_test" in fields:
         checks.append((1, values("arena_test") == layout.word_class.default_arena_test))

@@ -6,6 +6,7 @@ import numpy as np
 
 from coreheap.allocators.glibc.arenas import ArenaFacts, ArenaSurvey, survey_arenas
 from coreheap.allocators.glibc.identify import Identification, identify
+from coreheap.allocators.glibc.layouts import GENERATIONS
 from coreheap.allocators.glibc.locate import anonymous_ranges
 from coreheap.allocators.glibc.mmapped import MmappedFindings, find_mmapped
 from coreheap.allocators.glibc.overlay import Overlay, mark_own
@@ -15,8 +16,9 @@ from coreheap.allocators.glibc.tcache import (
     cache_at,
     caches_by_structure,
     caches_of_threads,
+    possible_tcaches,
 )
-from coreheap.allocators.glibc.threads import descriptors_without_thread
+from coreheap.allocators.glibc.threads import find_pairs
 from coreheap.allocators.glibc.walk import (
     HeapWalk,
     HeapWalker,
@@ -24,7 +26,6 @@ from coreheap.allocators.glibc.walk import (
 )
 from coreheap.allocators.protocol import Progress
 from coreheap.corefile import Core
-from coreheap.errors import MemoryFault
 from coreheap.evidence import Anomaly, Evidence, Gap, Strength, confidence_from
 from coreheap.heap import (
     AllocatorIdentity,
@@ -33,6 +34,7 @@ from coreheap.heap import (
     ChunkTable,
     HeapSnapshot,
     MallocParameters,
+    RegionKind,
     StateTotal,
     StateTotals,
     SubHeap,
@@ -101,29 +103,44 @@ def _caches(
     gaps: list[Gap] = []
     missing = int((~words.known).sum())
     if missing or not len(core.threads):
-        known = {cache.address for cache in caches}
-        table = _table(found.layout, walk, ())
-        caches += [cache for cache in caches_by_structure(core, layout, table) if cache.address not in known]
-        gaps.append(
-            Gap(
-                "thread_storage_not_saved",
-                f"the thread-local storage of {missing or 'all'} threads is not in the core: blocks cached in their"
-                " tcache may count as in use",
+        by_pairs = _caches_by_pairs(core, found, walk, excluded, caches)
+        caches += by_pairs
+        if len(by_pairs) < max(1, missing):
+            caches += _caches_by_lists(core, found, walk, caches)
+            gaps.append(
+                Gap(
+                    "thread_storage_not_saved",
+                    f"the thread-local storage of {missing or 'all'} threads is not in the core: blocks cached in their"
+                    " tcache may count as in use",
+                )
             )
-        )
     elif not words.tcache_hits and not layout.generation.tcache_is_never_null:
-        table = _table(found.layout, walk, ())
-        caches += caches_by_structure(core, layout, table)
-        if len(table):
+        caches += _caches_by_lists(core, found, walk, caches)
+        if walk.index.chunk_count:
             gaps.append(
                 Gap(
                     "tcache_not_found",
                     "no thread's tcache could be told from its thread-local storage: cached blocks may count as in use",
                 )
             )
-    if words.tcache_offset is not None and _may_have_past_threads(core, found):
-        caches += _caches_of_past_threads(core, found, walk, words.tcache_offset, excluded, caches)
+    if _may_have_past_threads(core, found) and _has_unclaimed_cache(core, found, walk, caches):
+        caches += _caches_by_pairs(core, found, walk, excluded, caches)
+        if core.truncated:
+            caches += _caches_by_lists(core, found, walk, caches)
+            gaps.append(
+                Gap(
+                    "past_threads_not_saved",
+                    "the storage of threads that no longer run may be missing: their empty tcaches count as in use",
+                )
+            )
     return caches, gaps
+
+
+def _caches_by_lists(core: Core, found: Identification, walk: HeapWalk, known: list[Cache]) -> list[Cache]:
+    """Caches that are not known yet and hold blocks, proven by their lists."""
+    seen = {cache.address for cache in known}
+    table = _table(found.layout, walk, ())
+    return [cache for cache in caches_by_structure(core, found.layout, table) if cache.address not in seen]
 
 
 def _may_have_past_threads(core: Core, found: Identification) -> bool:
@@ -133,54 +150,43 @@ def _may_have_past_threads(core: Core, found: Identification) -> bool:
     )
 
 
-def _has_unclaimed_cache(found: Identification, walk: HeapWalk, caches: list[Cache]) -> bool:
-    """Whether an arena's first chunk looks like a tcache structure that no running thread has.
+def _has_unclaimed_cache(core: Core, found: Identification, walk: HeapWalk, caches: list[Cache]) -> bool:
+    """Whether the heap has a tcache structure that no running thread has: one that holds blocks, or in a first chunk.
 
-    Up to 2.41 a thread's first allocation makes its tcache, so a fresh arena begins with it. After fork the arenas of
-    the parent's other threads still do.
+    Up to 2.41 a thread's first allocation makes its tcache, so a fresh arena begins with it.
     """
-    layout = found.layout
-    claimed = {cache.address - layout.word_class.header_bytes for cache in caches}
-    index = walk.index
+    layout, index = found.layout, walk.index
+    if _caches_by_lists(core, found, walk, caches):
+        return True
+    known = {cache.address for cache in caches}
     headers, sizes = chunk_extents(index, index.region_first_chunk)
+    claimed = np.array(sorted(known), np.uint64) - np.uint64(layout.word_class.header_bytes)
     fits = (
         np.isin(sizes, np.array(layout.tcache_chunk_bytes, np.uint64))
         & (index.state[index.region_first_chunk] == ChunkState.IN_USE)
-        & ~np.isin(headers, np.array(sorted(claimed), np.uint64))
+        & ~np.isin(headers, claimed)
     )
     return bool(fits.any())
 
 
-def _caches_of_past_threads(
+def _caches_by_pairs(
     core: Core,
     found: Identification,
     walk: HeapWalk,
-    tcache_offset: int,
     excluded: list[tuple[int, int]],
     known: list[Cache],
 ) -> list[Cache]:
-    """Caches of threads that vanished in fork: their descriptors and TLS are still in the stacks they left.
-
-    Descriptors are searched for only when the heap has a tcache structure that no running thread has. Where they cannot
-    be recognised, structures that hold blocks are proven by their lists.
-    """
+    """Caches that are not known yet, by the storage of threads whose thread pointer the core does not tell."""
+    layout = found.layout
     seen = {cache.address for cache in known}
-    table = _table(found.layout, walk, ())
-    by_structure = [cache for cache in caches_by_structure(core, found.layout, table) if cache.address not in seen]
-    if not by_structure and not _has_unclaimed_cache(found, walk, known):
-        return []
     result = []
-    descriptors = descriptors_without_thread(core, anonymous_ranges(core, excluded))
-    for pointer in descriptors or ():
-        try:
-            address = core.memory.read_word(pointer + tcache_offset)
-        except MemoryFault:
-            continue
-        cache = cache_at(core, found.layout, address, None) if address else None
-        if cache is not None and address not in seen:
-            seen.add(address)
+    candidates = possible_tcaches(core, layout, _table(layout, walk, ()))
+    for pair in find_pairs(core, anonymous_ranges(core, excluded), found.ring.members, candidates):
+        cache = cache_at(core, layout, pair.tcache, pair.thread)
+        if cache is not None and pair.tcache not in seen:
+            seen.add(pair.tcache)
             result.append(cache)
-    return result if descriptors is not None else by_structure
+    return result
 
 
 def _mark_unlisted_top(survey: ArenaSurvey, walk: HeapWalk) -> None:
@@ -191,7 +197,8 @@ def _mark_unlisted_top(survey: ArenaSurvey, walk: HeapWalk) -> None:
     """
     stateless = {arena.index for arena in survey.arenas if arena.state is None}
     for number, region in enumerate(walk.regions):
-        if region.stretch.arena in stateless and region.stop_reason is StopReason.END:
+        is_brk = region.stretch.kind is RegionKind.BRK and region.end == region.stretch.end
+        if (region.stretch.arena in stateless or is_brk) and region.stop_reason is StopReason.END:
             first = int(walk.index.region_first_chunk[number])
             last = first + int(walk.index.region_chunk_count[number]) - 1
             walk.index.state[last] = ChunkState.TOP
@@ -361,9 +368,8 @@ class _Assembly:
         walked = sum(region.range.byte_count for region in regions)
         walked += sum(heap.overhead_bytes for heap in sub_heaps)
         walked += _bytes_of(unattributed, "foreign_sbrk")
-        if facts.brk_range is not None and regions:
-            # sbrk_base of a static program need not be aligned; the first header is.
-            walked += regions[0].range.start - facts.brk_range.start if not unattributed else 0
+        if facts.is_main:
+            walked += self._bytes_before_first_headers(facts, regions)
         if walked > facts.state.system_mem:
             self.surplus.append(
                 Anomaly(
@@ -375,6 +381,14 @@ class _Assembly:
                 )
             )
         return min(1.0, walked / facts.state.system_mem)
+
+    def _bytes_before_first_headers(self, facts: ArenaFacts, regions: tuple[ChunkRegion, ...]) -> int:
+        """What lies before the first header of the brk range, or of each piece, so that payloads are aligned."""
+        geometry = self.found.layout.geometry
+        if facts.brk_range is not None:
+            return (geometry.granule_phase - facts.brk_range.start) % geometry.alignment
+        before = [region.range.start % self.core.page_bytes for region in regions]
+        return sum(byte_count for byte_count in before if byte_count < geometry.alignment)
 
     def _sub_heap(self, facts: ArenaFacts, number: int) -> SubHeap:
         heap, layout, memory = facts.sub_heaps[number], self.found.layout, self.core.memory
@@ -404,13 +418,24 @@ class _Assembly:
         ]
 
     def _mmapped_gaps(self) -> list[Gap]:
+        chosen = self.found.layout.generation
+        gaps = [
+            Gap(
+                "release_unknown",
+                f"{chosen.name} is assumed; releases that fit as well store mmapped chunks in another way, so these may be"
+                " missing",
+            )
+            for other in GENERATIONS
+            if other.name in self.found.alternatives and other.mmapped_trailer_words != chosen.mmapped_trailer_words
+        ][:1]
         if self.found.parameters is not None:
-            return []
+            return gaps
         return [
+            *gaps,
             Gap(
                 "malloc_par_unknown",
                 "mp_ was not found: thresholds are unknown and mmapped chunks could not be counted against n_mmaps",
-            )
+            ),
         ]
 
     def _thread_caches(self) -> tuple[ThreadCache, ...]:

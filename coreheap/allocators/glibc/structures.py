@@ -85,7 +85,7 @@ class Generation:
     """Releases whose heaps look alike; the first four names are keys of the tables in ``layouts``.
 
     ``arena_limit``: ``per_cpu`` (arenas_per_cpu x CPUs once arena_test is passed), ``cpus`` (2.44: max(CPUs,
-    arena_test)) or ``none``. ``mmapped_trailer_words``: words of an mmapped chunk's mapping that its size leaves out.
+    arena_test)) or ``none``. ``i386_word_class``: MALLOC_ALIGNMENT on i386 was 8 up to 2.25. ``mmapped_trailer_words``: words of an mmapped chunk's mapping that its size leaves out.
     """
 
     name: str
@@ -105,6 +105,7 @@ class Generation:
     mmapped_trailer_words: int = 0
     mmapped_mem_drifts: bool = False
     arena_limit: str = "per_cpu"
+    i386_word_class: str = "32a16"
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,8 +33,8 @@ class Cache:
     state: TcacheState
 
 
-def is_tcache(memory: AddressSpace, layout: Layout, address: int) -> bool:
-    """Whether a tcache structure may be at a payload address: its chunk's size, and counts that agree with the lists."""
+def has_tcache_size(memory: AddressSpace, layout: Layout, address: int) -> bool:
+    """Whether there is a chunk of a tcache structure's size at a payload address."""
     word_class = layout.word_class
     sizes = layout.tcache_chunk_bytes
     if not sizes or address % word_class.alignment:
@@ -43,12 +43,29 @@ def is_tcache(memory: AddressSpace, layout: Layout, address: int) -> bool:
         return False
     try:
         size_word = memory.read_word(address - word_class.word_bytes)
-        if size_word & ~7 not in sizes or size_word & 2:
-            return False
-        state = read_tcache(memory, address, layout)
     except MemoryFault:
         return False
-    return counts_agree(layout, state)
+    return size_word & ~7 in sizes and not size_word & 2
+
+
+def is_tcache(memory: AddressSpace, layout: Layout, address: int) -> bool:
+    """Whether a tcache structure may be at a payload address: its chunk's size, and counts that agree with the lists."""
+    if not has_tcache_size(memory, layout, address):
+        return False
+    try:
+        return counts_agree(layout, read_tcache(memory, address, layout))
+    except MemoryFault:
+        return False
+
+
+def may_stand_for_tcache(memory: AddressSpace, layout: Layout, address: int) -> bool:
+    """Whether a thread's tcache pointer may have this value though no sound structure is there.
+
+    From 2.43 it leads to a dummy in read-only memory until the first free; a structure may be damaged.
+    """
+    if layout.generation.tcache_is_never_null and memory.region_index(address) is not None:
+        return not bool(mapped_writable(memory, np.array([address], dtype=np.uint64))[0])
+    return has_tcache_size(memory, layout, address)
 
 
 def counts_agree(layout: Layout, state: TcacheState) -> bool:
@@ -102,12 +119,14 @@ def links_of_tcache(
 
 
 def caches_of_threads(core: Core, layout: Layout, addresses: npt.NDArray[np.uint64]) -> list[Cache]:
-    """The tcache of each thread that has one; ``addresses`` by thread index, 0 for none."""
+    """The tcache of each thread that has one, damaged ones too; ``addresses`` by thread index, 0 for none."""
     caches = []
     for thread, address in enumerate(addresses.tolist()):
-        cache = cache_at(core, layout, address, thread) if address else None
-        if cache is not None:
-            caches.append(cache)
+        if has_tcache_size(core.memory, layout, address):
+            try:
+                caches.append(Cache(address, thread, read_tcache(core.memory, address, layout)))
+            except MemoryFault:
+                continue
     return caches
 
 
@@ -142,6 +161,18 @@ def caches_by_structure(core: Core, layout: Layout, chunks: ChunkTable) -> list[
             if len(caches) >= TCACHES_BY_STRUCTURE_LIMIT:
                 return caches
     return caches
+
+
+def possible_tcaches(core: Core, layout: Layout, chunks: ChunkTable) -> npt.NDArray[np.uint64]:
+    """Payload addresses of all chunks in use that may hold a tcache structure, empty ones included."""
+    sizes = np.array(layout.tcache_chunk_bytes, np.uint64)
+    found = [np.zeros(0, np.uint64)]
+    for batch in chunks.batches():
+        if not batch.is_mmapped:
+            fits = np.isin(batch.chunk_bytes, sizes) & (batch.state == ChunkState.IN_USE)
+            found.append(batch.payload_address[fits])
+    addresses = np.concatenate(found)[:TCACHES_BY_STRUCTURE_LIMIT]
+    return np.array([address for address in addresses.tolist() if is_tcache(core.memory, layout, address)], np.uint64)
 
 
 def _with_lists(memory: AddressSpace, layout: Layout, addresses: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -13,8 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from coreheap.corefile import Core
-from coreheap.errors import MemoryFault
-from coreheap.kernels import find_arena_candidates
 
 UInt64s = npt.NDArray[np.uint64]
 
@@ -25,11 +23,17 @@ and of the libraries loaded before it, most of which are small."""
 TLS_ABOVE_POINTER = {"aarch64": True, "x86_64": False, "i386": False}
 """Whether static TLS lies above the thread pointer (variant I) or below it (variant II); ELF TLS ABI."""
 
-DESCRIPTOR_SELF_WORDS = (0, 2)
-"""Words of tcbhead_t that hold the descriptor's own address: tcb and self (x86-64 and i386, sysdeps/*/nptl/tls.h)."""
+ROWS_LOOKED_AT_FIRST = 4
+DAMAGED_ONE_IN = 5
 
-DESCRIPTOR_SCAN_LIMIT = 4 << 30
-"""Bytes of other memory that are searched for descriptors of threads that no longer run."""
+PAIR_REACH = 0x200
+"""Bytes between thread_arena and tcache: at most 0x30 in fifteen Debian libraries; more in static programs from 2.43 on,
+where one lies in .tdata and the other in .tbss."""
+
+PAIR_SCAN_LIMIT = 4 << 30
+"""Bytes of other memory that are searched for the storage of threads whose thread pointer is unknown."""
+
+PAIR_BLOCK_WORDS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +53,20 @@ class ThreadWords:
     tcache_hits: int
 
 
-def find_thread_words(core: Core, arenas: Collection[int], is_tcache: Callable[[int], bool]) -> ThreadWords:
+def find_thread_words(
+    core: Core,
+    arenas: Collection[int],
+    is_tcache: Callable[[int], bool],
+    may_stand_for_tcache: Callable[[int], bool],
+) -> ThreadWords:
     """Locate thread_arena and tcache in the threads' TLS.
 
-    A column (an offset from the thread pointer) is thread_arena when each thread has 0 or an arena there and some
-    thread has one; tcache likewise with ``is_tcache``, which is asked for payload addresses. Of several tcache columns
-    with as many hits the one nearest thread_arena wins: both lie in libc's own TLS block, at most 0x30 bytes apart in
-    fifteen Debian libraries, where a program's own pointer to a block of the same size lies in another module's.
+    A column (an offset from the thread pointer) is thread_arena when some thread has an arena there and the others 0;
+    tcache likewise with ``is_tcache``, which is asked for payload addresses. ``may_stand_for_tcache`` accepts what says
+    nothing for or against: the read-only dummy of 2.43+, a damaged structure. One word in five may be damaged.
+
+    tcache is looked for no further than PAIR_REACH from thread_arena: both lie in libc's own TLS block, where a
+    program's own pointer to a block of the same size lies in another module's.
     """
     pointers = [thread.thread_pointer for thread in core.threads]
     arena_column: tuple[int, int, UInt64s] | None = None
@@ -74,11 +85,15 @@ def find_thread_words(core: Core, arenas: Collection[int], is_tcache: Callable[[
         if not known.any():
             continue
         arena_column = arena_column or _best_column(offsets, rows[known], lambda column: np.isin(column, arena_set), 0)
+        near = np.ones(len(offsets), bool)
+        if arena_column is not None:
+            near = np.abs(offsets - arena_column[0]) <= PAIR_REACH
         tcache_column = tcache_column or _best_column(
-            offsets,
-            rows[known],
+            offsets[near],
+            rows[known][:, near],
             lambda column: np.array([cached_verdict(int(value)) for value in column], dtype=bool),
             arena_column[0] if arena_column else 0,
+            may_stand_for_tcache,
         )
         if arena_column and tcache_column:
             break
@@ -131,8 +146,9 @@ def _best_column(
     rows: UInt64s,
     accepts: Callable[[UInt64s], npt.NDArray[np.bool_]],
     near: int,
+    is_neutral: Callable[[int], bool] = lambda value: False,
 ) -> tuple[int, int, UInt64s] | None:
-    """The column with the most accepted values among those that hold nothing else but 0; nearest ``near`` wins ties.
+    """The column with the most accepted values among those that hold little else but 0; nearest ``near`` wins ties.
 
     Returns (offset, hits, values by row), or None. The first rows rule out most columns before the rest is looked at.
     """
@@ -142,38 +158,80 @@ def _best_column(
     for column_index in candidates.tolist():
         column = rows[:, column_index]
         nonzero = column[column != 0]
-        if not bool(accepts(nonzero[:1])[0]):
+        first = nonzero[:ROWS_LOOKED_AT_FIRST]
+        if not accepts(first).any() and not any(is_neutral(value) for value in first.tolist()):
             continue
-        if not bool(accepts(nonzero).all()):
-            continue
-        if best is None or len(nonzero) > best[1]:
-            best = (int(offsets[column_index]), len(nonzero), column)
+        accepted = accepts(nonzero)
+        hits = int(accepted.sum())
+        others = sum(not is_neutral(value) for value in nonzero[~accepted].tolist())
+        if hits and others * DAMAGED_ONE_IN <= hits + others and (best is None or hits > best[1]):
+            best = (int(offsets[column_index]), hits, column)
     return best
 
 
-def descriptors_without_thread(core: Core, ranges: list[tuple[int, int]]) -> tuple[int, ...] | None:
-    """Thread pointers of descriptors in ``ranges`` that belong to no thread of the core.
+@dataclass(frozen=True, slots=True)
+class FoundPair:
+    """A place in memory that holds thread_arena and tcache of one thread: address of the tcache word and both values.
 
-    After fork the other threads' stacks stay in the child with their descriptors and TLS. None where the machine's
-    descriptor does not hold its own address (aarch64) or the ranges are too large to search.
+    ``thread`` is the thread whose stack pointer lies below it in the same mapping, None where none does.
     """
-    if TLS_ABOVE_POINTER[core.machine]:
-        return None
-    if sum(core.memory.saved_bytes_within(start, end) for start, end in ranges) > DESCRIPTOR_SCAN_LIMIT:
-        return None
-    word = core.word_bytes
-    running = {thread.thread_pointer for thread in core.threads}
-    found: list[int] = []
-    for start, end in ranges:
-        for run_start, run_end in core.memory.saved_runs_within(start, end):
-            own_address = np.zeros(1, np.uint64)
-            hits = find_arena_candidates(core.memory.view(run_start, run_end), run_start, word, own_address)
-            for address in hits.next_hits.tolist():
-                second = address + DESCRIPTOR_SELF_WORDS[1] * word
-                try:
-                    is_descriptor = core.memory.read_word(second) == address
-                except MemoryFault:
-                    continue
-                if is_descriptor and address not in running:
-                    found.append(address)
-    return tuple(found)
+
+    place: int
+    arena: int
+    tcache: int
+    thread: int | None
+
+
+def find_pairs(core: Core, ranges: list[tuple[int, int]], arenas: Collection[int], tcaches: UInt64s) -> list[FoundPair]:
+    """thread_arena and tcache in the storage of threads whose thread pointer is unknown.
+
+    These are all threads in qemu's cores and in gdb's of i386, and in a fork's child the parent's other threads, whose
+    stacks and storage stay.
+
+    Both variables lie in libc's TLS block, PAIR_REACH bytes apart at most and everywhere as far. A word that is an arena
+    with a tcache structure's address at the distance that most such words have is such a pair: programs have no pointers
+    to arenas. ``tcaches`` are payload addresses of chunks that may be tcache structures.
+    """
+    memory, word = core.memory, core.word_bytes
+    arena_set = np.array(sorted(arenas), np.uint64)
+    reach = PAIR_REACH // word
+    hits: dict[int, list[tuple[int, int, int]]] = {}
+    if not len(arena_set) or not len(tcaches):
+        return []
+    if sum(memory.saved_bytes_within(start, end) for start, end in ranges) > PAIR_SCAN_LIMIT:
+        return []
+    for extent in (extent for start, end in ranges for extent in memory.populated_extents(start, end)):
+        first, last = extent[0] + -extent[0] % word, extent[1] - extent[1] % word
+        for begin in range(first, last, PAIR_BLOCK_WORDS * word):
+            # Words of the next block may belong to an arena's word at the end of this one, and the other way round.
+            low = max(first, begin - PAIR_REACH)
+            high = min(last, begin + PAIR_BLOCK_WORDS * word + PAIR_REACH)
+            words = memory.read_words(low, (high - low) // word)
+            near = np.flatnonzero((words >= arena_set[0]) & (words <= arena_set[-1]))
+            of_arena = near[np.isin(words[near], arena_set)]
+            of_arena = of_arena[
+                (low + of_arena * word >= begin) & (low + of_arena * word < begin + PAIR_BLOCK_WORDS * word)
+            ]
+            for distance in range(-reach, reach + 1):
+                at = of_arena + distance
+                inside = (at >= 0) & (at < len(words))
+                matches = np.isin(words[at[inside]], tcaches)
+                for position in of_arena[inside][matches].tolist():
+                    place = position + distance
+                    hits.setdefault(distance, []).append((low + place * word, int(words[position]), int(words[place])))
+    if not hits:
+        return []
+    best = max(hits.values(), key=len)
+    return [FoundPair(place, arena, tcache, _thread_below(core, place)) for place, arena, tcache in best]
+
+
+def _thread_below(core: Core, place: int) -> int | None:
+    """The thread whose stack ends at this TLS block: the nearest stack pointer below it in the same mapping."""
+    memory = core.memory
+    region = memory.region_index(place)
+    below = [
+        (thread.stack_pointer, thread.index)
+        for thread in core.threads
+        if thread.stack_pointer and thread.stack_pointer < place and memory.region_index(thread.stack_pointer) == region
+    ]
+    return max(below)[1] if below else None

@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from coreheap.allocators.glibc.arenas import ArenaFacts
 from coreheap.allocators.glibc.locate import (
-    anonymous_mappings,
     anonymous_ranges,
     heap_behind_program,
     joined,
+    mapping_end,
 )
 from coreheap.allocators.glibc.records import Layout
 from coreheap.corefile import AddressSpace, Core
@@ -149,9 +149,7 @@ def _main_stretches(
     first: list[Stretch] = []
     if sbrk_base and not main.state.is_contiguous:
         start = layout.aligned_header(sbrk_base)
-        starts, ends = anonymous_mappings(core.memory)
-        mapping = int(np.searchsorted(starts, np.uint64(start), side="right")) - 1
-        end = max(start, int(ends[mapping])) if mapping >= 0 else start
+        end = mapping_end(core.memory, start)
         for run_start, run_end in joined(core.memory.saved_runs_within(start, end))[:1]:
             chain = chain_reaches(
                 core.memory.view(run_start, run_end),
@@ -167,7 +165,14 @@ def _main_stretches(
             ):
                 end = start + chain.end_offset
             first = [stretch(RegionKind.BRK, start, end, top)]
-    return [*first, *_mmap_pieces(core, layout, main, arenas, [*others, *first])]
+    pieces = [*first, *_mmap_pieces(core, layout, main, arenas, [*others, *first])]
+    begins_page = top == layout.aligned_header(top - top % core.page_bytes)
+    if main.top_bytes and begins_page and not any(piece.is_top_heap for piece in pieces):
+        # A piece that is nothing but top: no chunk was cut from it yet.
+        end = top + main.top_bytes
+        if end <= mapping_end(core.memory, top):
+            pieces.append(stretch(RegionKind.MMAP_PIECE, top, end, top))
+    return pieces
 
 
 def _mmap_pieces(
@@ -333,8 +338,15 @@ class HeapWalker:
             )
             self.builder.take_over(outcome)
             self._note_anomalies(stretch, start, outcome.anomaly_count)
-            offset = outcome.end_offset
-            if outcome.stop_reason is not StopReason.BROKEN:
+            offset, reason = outcome.end_offset, outcome.stop_reason
+            if reason is StopReason.BROKEN and self._is_top_by_size(stretch, start + offset, region_bytes - offset):
+                self.builder.mark(offset, region_bytes, ChunkState.TOP)
+                offset, reason = region_bytes, StopReason.TOP
+            at_end = stretch.kind is RegionKind.ARENA_HEAP and start + offset == stretch.end
+            if reason is StopReason.FENCEPOSTS_HEAP and not at_end:
+                # The end marker of a retired sub-heap can only be at its end: here it is a damaged size.
+                reason = StopReason.BROKEN
+            if reason is not StopReason.BROKEN:
                 break
             found = resynchronise(view, self.geometry, offset, top_offset, region_bytes=region_bytes)
             damaged_end = found if found >= 0 else len(view) - len(view) % self.geometry.alignment
@@ -356,13 +368,23 @@ class HeapWalker:
                 proven = False
                 break
         end = start + offset
-        proven = proven and outcome.stop_reason is not StopReason.CUT
+        proven = proven and reason is not StopReason.CUT
         expected_top = stretch.is_top_heap and top_offset >= 0
-        if outcome.stop_reason is StopReason.END and expected_top:
+        if reason is StopReason.END and expected_top:
             self._note(Anomaly("top_not_reached", stretch.top, "top as the last chunk", "other chunks", stretch.arena))
         if self.builder.close_region():
-            self.regions.append(WalkedRegion(stretch, start, end, proven, outcome.stop_reason))
-        return end, outcome.stop_reason
+            self.regions.append(WalkedRegion(stretch, start, end, proven, reason))
+        return end, reason
+
+    def _is_top_by_size(self, stretch: Stretch, header: int, rest: int) -> bool:
+        """Whether a header that no ordinary chunk can have is that of an unknown top: it reaches to the very end.
+
+        With 4-byte words and 16-byte alignment top's size is 8 more than a multiple of the alignment.
+        """
+        place = header + self.geometry.word_bytes
+        if stretch.is_top_heap or not self.memory.is_saved(place, place + self.geometry.word_bytes):
+            return False
+        return rest > 0 and self.memory.read_word(place) & ~7 == rest
 
     def _size_word(self, address: int) -> str:
         place = address + self.geometry.word_bytes

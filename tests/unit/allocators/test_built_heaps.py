@@ -110,8 +110,19 @@ def some(*names: str) -> pytest.MarkDecorator:
 # What coreheap gets wrong today is left out of the parameters, and the reason stands above.
 
 
-# Left out, i386 2.26 to 2.44: the 8 bytes between sbrk_base and the first header (32a16) count as unexplained.
-@some("2.12-stock", "2.22", "2.26", "2.36", "2.42", "2.43", "2.44", "2.12-stock i386", "2.22 i386", "2.36 aarch64")
+@some(
+    "2.12-stock",
+    "2.22",
+    "2.26",
+    "2.36",
+    "2.42",
+    "2.43",
+    "2.44",
+    "2.12-stock i386",
+    "2.22 i386",
+    "2.26 i386",
+    "2.44 i386",
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_nothing_is_unexplained(name: str, machine_name: str, shape: str, tmp_path: Path) -> None:
     report = build_process(release(name, machine_name), SHAPES[shape]).analyze(tmp_path)

@@ -164,7 +164,7 @@ class Arena:
     brk_range: AddressRange | None
     """From sbrk_base to the end of top, for a main arena that grows by brk; None for others."""
     foreign_bytes: int
-    """Bytes that system_mem counts but that other callers of sbrk own."""
+    """Bytes that system_mem counts but that other callers of sbrk own, with what malloc skips around them to align."""
     saved_bytes: int
     coverage: float | None
 

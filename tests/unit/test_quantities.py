@@ -153,16 +153,20 @@ def test_byte_counts_without_unit_are_exact(byte_count: int) -> None:
         ("0x10 MiB", 16 * MIB),
         ("0x1b", 27),
         ("007", 7),
+        ("9" * 40, 10**40 - 1),
+        ("0x" + "f" * 40, (1 << 160) - 1),
     ],
 )
 def test_sizes_with_units(text: str, byte_count: int) -> None:
     assert parse_bytes(text) == byte_count
 
 
-# Left out: 400 digits and a fraction ("9" * 400 + ".5"), which raise OverflowError.
 @pytest.mark.parametrize(
     "text",
-    ["", "k", "-1", "+1", "1.", ".5", "1e3", "1 k b", "64kk", "1iB", "0x", "0xg", "1,024", "１k", "1.5.5", "nan"],
+    [
+        *("", "k", "-1", "+1", "1.", ".5", "1e3", "1 k b", "64kk", "1iB", "0x", "0xg", "1,024", "１k", "1.5.5", "nan"),
+        *("9" * 41, "9" * 400 + ".5", "9" * 5000, "0." + "9" * 41, "0x" + "f" * 41),
+    ],
 )
 def test_what_is_no_size_is_refused_in_words(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size; write bytes or a unit"):

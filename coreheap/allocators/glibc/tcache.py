@@ -63,8 +63,9 @@ def may_stand_for_tcache(memory: AddressSpace, layout: Layout, address: int) -> 
 
     From 2.43 it leads to a dummy in read-only memory until the first free; a structure may be damaged.
     """
-    if layout.generation.tcache_is_never_null and memory.region_index(address) is not None:
-        return not bool(mapped_writable(memory, np.array([address], dtype=np.uint64))[0])
+    is_writable = bool(mapped_writable(memory, np.array([address], dtype=np.uint64))[0])
+    if layout.generation.tcache_is_never_null and memory.region_index(address) is not None and not is_writable:
+        return True
     return has_tcache_size(memory, layout, address)
 
 

@@ -127,9 +127,7 @@ def test_tls_of_all_threads_missing(name: str, machine_name: str, tmp_path: Path
         assert "thread_storage_not_saved" in causes(report)
 
 
-# Left out, i386 2.26 to 2.44 (here and in the next test): where malloc_state is missing, the brk heap is not recognised,
-# because top's size is no multiple of 16 (heap_behind_program).
-@machines("2.22 i386", "2.36 x86_64", "2.44 x86_64", "2.36 aarch64")
+@machines("2.22 i386", "2.36 x86_64", "2.44 x86_64", "2.36 aarch64", "2.26 i386", "2.36 i386", "2.44 i386")
 def test_main_arena_missing_leaves_its_chunks_unlisted_and_the_others_whole(
     name: str, machine_name: str, tmp_path: Path
 ) -> None:
@@ -152,18 +150,22 @@ def test_main_arena_missing_leaves_its_chunks_unlisted_and_the_others_whole(
     assert found["fastbin"] <= in_others
 
 
-@machines("2.22 i386", "2.36 x86_64", "2.44 x86_64")
+@machines("2.22 i386", "2.36 x86_64", "2.42 x86_64", "2.44 x86_64", "2.26 i386", "2.36 i386", "2.44 i386")
 def test_main_arena_missing_in_a_process_of_one_thread(name: str, machine_name: str, tmp_path: Path) -> None:
-    # Nothing tells the release here, so that nothing tells how it writes mmapped chunks.
-    process = build_process(release(name, machine_name), Shape(mmapped_leads=()))
+    process = build_process(release(name, machine_name))
     report = analyze(process, tmp_path, (block_of(process, process.main_arena),))
     heap = heap_of(report)
     assert "main_arena_unknown" in causes(report)
     assert heap.identity.confidence is not Confidence.CERTAIN
+    # Nothing tells 2.42 from later ones here, which write mmapped chunks in another way. What is missed is a gap.
+    assert ("release_unknown" in causes(report)) == (process.release.minor >= 42)
+    mmapped = {chunk.payload_address(process.machine) for chunk in process.builder.heap.mmapped}
+    missed = mmapped if name == "2.42" else set()
+    assert heap.mmapped_count == len(mmapped - missed)
     found, truth = states_of(heap), process.truth
     assert found[TOP] == truth[TOP]
     assert found.get("free_unlisted", set()) == usable_truth(process, UNSORTED_BIN, SMALL_BIN, LARGE_BIN)
-    assert found[IN_USE] | found[TCACHE] | found[OWN] == usable_truth(process, IN_USE, TCACHE, OWN, "fastbin")
+    assert found[IN_USE] | found[TCACHE] | found[OWN] == usable_truth(process, IN_USE, TCACHE, OWN, "fastbin") - missed
 
 
 @MACHINES
@@ -227,14 +229,12 @@ def built(sub_heaps: tuple[int, ...] = (3, 1)) -> BuiltProcess:
     return build_process(release("2.36"), Shape(sub_heaps=sub_heaps, mmapped_leads=(0, 0x1000, 0)))
 
 
-# Left out, ("middle_of_a_chunk", 1): the place in a chunk that next leads to is reported as main_arena, and all chunks of
-# the true one are lost (locate.ring_from takes members that are no arena).
 @pytest.mark.parametrize(
     ("target", "liar"),
     [
-        *((target, liar) for target in ("itself", "newest", "oldest", "nowhere", "zero") for liar in (0, 1, 2)),
-        ("middle_of_a_chunk", 0),
-        ("middle_of_a_chunk", 2),
+        (target, liar)
+        for target in ("itself", "newest", "oldest", "nowhere", "zero", "middle_of_a_chunk")
+        for liar in (0, 1, 2)
     ],
 )
 def test_arena_ring_that_does_not_close(target: str, liar: int, tmp_path: Path) -> None:
@@ -285,12 +285,12 @@ def test_chain_of_sub_heaps_that_does_not_end(target: str, tmp_path: Path) -> No
     assert report.anomalies or report.gaps or states_of(heap) == process.truth
 
 
-# Left out, "zero" of the main arena: its chunk at the end counts as in use, and no anomaly says that there is no top.
 @pytest.mark.parametrize(
     ("arena", "target"),
     [
-        *((0, target) for target in ("nowhere", "other_arena", "middle_of_a_chunk", "misaligned")),
-        *((1, target) for target in ("nowhere", "zero", "other_arena", "middle_of_a_chunk", "misaligned")),
+        (arena, target)
+        for arena in (0, 1)
+        for target in ("nowhere", "zero", "other_arena", "middle_of_a_chunk", "misaligned")
     ],
 )
 def test_top_that_points_elsewhere(arena: int, target: str, tmp_path: Path) -> None:
@@ -313,10 +313,9 @@ def test_top_that_points_elsewhere(arena: int, target: str, tmp_path: Path) -> N
         assert other.top + 16 in found[TOP]
 
 
-# Left out, arena 0 with more than there is: that the main arena's system_mem contradicts sbrk_base and top is no anomaly.
 @pytest.mark.parametrize(
     ("arena", "value"),
-    [*((0, value) for value in (0, 1, PAGE)), *((1, value) for value in (0, 1, PAGE, 1 << 40, 1 << 63))],
+    [(arena, value) for arena in (0, 1) for value in (0, 1, PAGE, 1 << 40, 1 << 63)],
 )
 def test_system_mem_that_lies(arena: int, value: int, tmp_path: Path) -> None:
     process = built()
@@ -324,6 +323,8 @@ def test_system_mem_that_lies(arena: int, value: int, tmp_path: Path) -> None:
         process.put_field("malloc_state", process.arenas[arena].state_address, name, value)
     report = analyze(process, tmp_path)
     assert report.anomalies or report.gaps
+    if arena == 0 and value:
+        assert "top_not_at_end_of_brk" in codes(report)
     heap = heap_of(report)
     assert process.arenas[2].top + 16 in states_of(heap)[TOP]
 
@@ -399,8 +400,7 @@ def test_bin_head_in_another_bin(number: int, tmp_path: Path) -> None:
     assert states_of(heap_of(report))[IN_USE] == process.truth[IN_USE]
 
 
-# Left out, "fd": a head of 0, or one that points to its own bin while bk does not, counts as an empty bin without a word.
-@pytest.mark.parametrize("end", ["bk"])
+@pytest.mark.parametrize("end", ["fd", "bk"])
 @pytest.mark.parametrize("value", ["zero", "empty"])
 def test_bin_that_is_empty_at_one_end_only(value: str, end: str, tmp_path: Path) -> None:
     process = built()
@@ -410,11 +410,23 @@ def test_bin_that_is_empty_at_one_end_only(value: str, end: str, tmp_path: Path)
         process.put(header + (16 if end == "fd" else 24), 0 if value == "zero" else header)
     report = analyze(process, tmp_path)
     assert report.anomalies
+    if end == "fd":
+        assert "bin_head_damaged" in codes(report)
     assert states_of(heap_of(report))[IN_USE] == process.truth[IN_USE]
 
 
-# Left out, 2.43 and 2.44: one structure that is no tcache any more hides those of all other threads there, without a gap.
-@machines("2.26 x86_64", "2.36 x86_64", "2.42 x86_64", "2.36 i386")
+@machines(
+    "2.26 x86_64",
+    "2.36 x86_64",
+    "2.42 x86_64",
+    "2.43 x86_64",
+    "2.44 x86_64",
+    "2.36 i386",
+    "2.42 i386",
+    "2.44 i386",
+    "2.36 aarch64",
+    "2.44 aarch64",
+)
 def test_damaged_tcache_structure_costs_no_other(name: str, machine_name: str, tmp_path: Path) -> None:
     process = build_process(release(name, machine_name), THREADS)
     victim = process.threads[1].tcache
@@ -449,9 +461,7 @@ def test_double_free_on_two_fastbins_is_counted_once(tmp_path: Path) -> None:
     assert states_of(heap_of(report)) == process.truth
 
 
-# Left out, 1: taken for the end marker of a retired sub-heap, in the main arena, too; what is behind it is given up, and
-# no anomaly says so.
-@pytest.mark.parametrize("size_word", [0, 0x11, 0x21, 0x23, 0x41414141, (1 << 64) - 15, 1 << 63])
+@pytest.mark.parametrize("size_word", [0, 1, 0x11, 0x21, 0x23, 0x41414141, (1 << 64) - 15, 1 << 63])
 def test_overwritten_size_word_costs_few_chunks(size_word: int, tmp_path: Path) -> None:
     process = built()
     segment = process.arenas[0].segments[0]
@@ -466,8 +476,7 @@ def test_overwritten_size_word_costs_few_chunks(size_word: int, tmp_path: Path) 
     assert process.arenas[0].top + 16 in found[TOP]
 
 
-# Left out: tcache_count of 2^63 and more, which makes analyze raise OverflowError (overlay.tcaches, from 2.42 on).
-@pytest.mark.parametrize("value", [0, (1 << 63) - 1, (1 << 64) - 1])
+@pytest.mark.parametrize("value", [0, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
 def test_any_field_with_a_hopeless_value_raises_nothing(value: int, tmp_path: Path) -> None:
     process = build_process(release("2.44"), Shape(sub_heaps=(2,)))
     arena = process.arenas[1]
@@ -479,8 +488,6 @@ def test_any_field_with_a_hopeless_value_raises_nothing(value: int, tmp_path: Pa
     }
     for structure, address in structures.items():
         for name, offset in process.release.offsets(structure).items():
-            if name == "tcache_count" and value >= 1 << 63:
-                continue
             kept = process.builder.memory.read(address + offset, 8)
             process.put_field(structure, address, name, value)
             analyze(process, tmp_path)

@@ -37,6 +37,8 @@ def with_library(path: str, other_bytes: int = 0) -> BuiltProcess:
         ("libtcmalloc.so.4.5.16", "tcmalloc"),
         ("libmimalloc.so.2.1", "mimalloc"),
         ("libmimalloc-secure.so", "mimalloc"),
+        ("libjemalloc.so", "jemalloc"),
+        ("libjemalloc_pic.so.2", "jemalloc"),
         ("ld-musl-x86_64.so.1", "musl"),
         ("libsnmallocshim.so", "snmalloc"),
         ("libhoard.so", "Hoard"),
@@ -63,7 +65,16 @@ def test_allocator_beside_a_heap_in_use_is_a_remark(case_of: CaseOf) -> None:
     assert finding.quantity("glibc_heap_nearly_empty") == "false"
 
 
-@pytest.mark.parametrize("path", ["/opt/jemalloc/libc.so", "/opt/lib/libmyjemalloc.so.2", "/opt/lib/libtbbmalloc.so.2"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/opt/jemalloc/libc.so",
+        "/opt/lib/libmyjemalloc.so.2",
+        "/opt/lib/libjemallocator.so.1",
+        "/opt/lib/libmimallocator.so",
+        "/opt/lib/libtbbmalloc.so.2",
+    ],
+)
 def test_other_libraries_are_no_allocators(case_of: CaseOf, path: str) -> None:
     assert findings(case_of(with_library(path, 8 << 20))) == ()
 

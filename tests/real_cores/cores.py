@@ -1,29 +1,28 @@
 """Real cores: builds the fixture programs, lets them die, keeps the core beside its truth.
 
-Knows compilers, core_pattern, gdb and the list of cases. Knows nothing of the product, and of the
+Knows compilers, core_pattern, gdb and emulators; the cases are in cases.py, the machines and libcs in targets.py. Knows nothing of the product, and of the
 truth only that `truth.condense` makes it. `scripts/make_cores` is the command line of this module;
 tests ask `core_for(case)`, which builds what is missing.
 """
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import hashlib
 import lzma
 import os
-import platform
 import resource
 import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.real_cores import truth
+from tests.real_cores.cases import CASES, MATRIX, Case
+from tests.real_cores.targets import CannotMake as CannotMake
+from tests.real_cores.targets import TargetFiles, build_files_of, files_of, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ROOT / "fixtures" / "programs"
@@ -31,8 +30,8 @@ FIXTURES = ROOT / "fixtures" / "cores"
 
 # Raised when the way of making cores changes in a manner that sources and flags do not show.
 RECIPE = 1
-LOG_BYTES = 1 << 28  # sparse: room for 8 million events
 TIMEOUT_SECONDS = 300
+HOST = os.uname().machine
 # Nothing of the maker's environment may get into a core.
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C"}
 RECORD_FILES = (
@@ -42,185 +41,11 @@ RECORD_FILES = (
     "record.maps",
     "record.smaps",
 )
-COMMON_FLAGS = ("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-fno-builtin")
-WRAPPED = (
-    "malloc",
-    "free",
-    "calloc",
-    "realloc",
-    "memalign",
-    "aligned_alloc",
-    "posix_memalign",
-    "valloc",
-    "pvalloc",
-)
-
-
-class CannotMake(Exception):
-    """A case cannot be made on this machine; the message says why and what would help."""
+COMMON_FLAGS = ("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fno-builtin")
 
 
 class RunFailed(Exception):
     """A program did not die as its case says."""
-
-
-# ----------------------------------------------------------------------------------------- cases
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A machine and libc to build and run for.
-
-    `runner` stands before the program on the command line: another libc's ld.so with its
-    `--library-path`, or an emulator. `libc` is hashed into the cache key; None means the one `cc`
-    links with. `debian_packages` are the remedy when `cc` is missing.
-    """
-
-    name: str
-    machine: str
-    cc: str = "gcc"
-    runner: tuple[str, ...] = ()
-    libc: Path | None = None
-    debian_packages: tuple[str, ...] = ("gcc", "libc6-dev")
-
-
-NATIVE = Target(name="native", machine=platform.machine())
-MUSL = Target(name="musl", machine=platform.machine(), cc="musl-gcc", debian_packages=("musl-tools",))
-
-
-@dataclass(frozen=True, slots=True)
-class Linking:
-    """How a program is linked: a name and the flags."""
-
-    name: str
-    flags: tuple[str, ...]
-
-
-RECORDED = ("recorder", "record_files", "scenario")
-UNRECORDED = ("no_recorder", "record_files", "scenario")
-
-_WRAP = ("-DRECORDER_WRAP", *(f"-Wl,--wrap={name}" for name in WRAPPED))
-PIE = Linking("pie", ("-fPIE", "-pie"))
-NO_PIE = Linking("no-pie", ("-fno-pie", "-no-pie"))
-STATIC = Linking("static", ("-fno-pie", "-no-pie", "-static", *_WRAP))
-STATIC_PIE = Linking("static-pie", ("-fPIE", "-static-pie", *_WRAP))
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One core to make: a program, how it is linked, started, ended and dumped.
-
-    `dies_of` is the signal the program ends with; with `made_by` "gcore" it parks itself and gdb
-    dumps the living process. `coredump_filter` is what the kernel is told to dump (core(5)).
-    `preload` names a library that must be installed (`packages` says how). `log_bytes` 0 turns the
-    event log off. `support` is what the program is linked with: the recorder; "no_recorder", which
-    leaves malloc alone; or nothing.
-    """
-
-    name: str
-    program: str
-    arguments: tuple[str, ...] = ()
-    linking: Linking = PIE
-    environment: Mapping[str, str] = field(default_factory=dict)
-    dies_of: str = "SIGABRT"
-    coredump_filter: int = 0x33  # the kernel's own default
-    made_by: str = "kernel"
-    preload: str | None = None
-    packages: tuple[str, ...] = ()
-    log_bytes: int = LOG_BYTES
-    support: tuple[str, ...] = RECORDED
-    slow: bool = False
-    target: Target = NATIVE
-
-    def variant(self, suffix: str, **changes: object) -> Case:
-        """The same case dumped another way, named `case@suffix`."""
-        return replace(self, name=f"{self.name}@{suffix}", **changes)  # type: ignore[arg-type]
-
-
-def _all_cases() -> Iterator[Case]:
-    yield from _thread_cases()
-    yield from _arena_cases()
-    yield from _damage_cases()
-    yield from _other_allocator_cases()
-
-
-def _thread_cases() -> Iterator[Case]:
-    kept = Case("threads_kept", "threads", ("threads=12", "seed=11"))
-    yield kept
-    yield kept.variant("filter_all", coredump_filter=0x7F)
-    yield kept.variant("filter_no_files", coredump_filter=0x21)
-    yield kept.variant("filter_anonymous", coredump_filter=0x01)
-    yield kept.variant("filter_nothing", coredump_filter=0x00)
-    yield kept.variant("segv", arguments=("threads=12", "seed=12", "end=segv"), dies_of="SIGSEGV")
-    # gdb writes the whole reserve of every arena, 64 MiB each: few threads.
-    yield kept.variant("gcore", arguments=("threads=2", "seed=13"), made_by="gcore")
-    yield Case("threads_gone", "threads", ("threads=3", "gone=60", "steps=3000", "seed=21"))
-    yield Case(
-        "one_arena",
-        "threads",
-        ("threads=10", "gone=10", "steps=6000", "seed=31"),
-        environment={"MALLOC_ARENA_MAX": "1"},
-    )
-    mix = ("threads=5", "gone=6", "steps=5000", "seed=41")
-    yield Case("static_exe", "threads", mix, linking=STATIC)
-    yield Case("static_pie", "threads", mix, linking=STATIC_PIE)
-    yield Case("non_pie", "threads", mix, linking=NO_PIE)
-    small = ("threads=4", "steps=1500", "slots=60", "limit=2000", "stack=64", "seed=51")
-    yield Case("threads_small", "threads", small)
-    yield Case("plain_small", "plain", ("seed=61",))
-    yield Case("fork_child", "fork_child", ("threads=6", "seed=71"))
-
-
-def _arena_cases() -> Iterator[Case]:
-    yield Case("many_sub_heaps", "sub_heaps", ("threads=2", "heaps=10", "seed=81"))
-    yield Case("every_list", "every_list", ("threads=4", "seed=91"))
-    yield Case("brk_blocked", "main_arena", ("how=blocked", "seed=101"))
-    yield Case("foreign_sbrk", "main_arena", ("how=foreign", "seed=102"))
-    yield Case("mmapped", "mmapped", ("threads=6", "seed=111"))
-    yield Case("bloat", "bloat", ("threads=40", "peak=1500", "seed=121"))
-    yield Case("bloat_small", "bloat", ("threads=40", "peak=200", "stack=64", "seed=122"))
-    yield Case("retained", "bloat", ("main=65536", "seed=123"))
-    yield Case("retained_small", "bloat", ("main=3000", "seed=124"))
-    big = ("chunks=10000000", "threads=4", "seed=131")
-    yield Case("big_heap", "big_heap", big, log_bytes=0, slow=True)
-
-
-def _damage_cases() -> Iterator[Case]:
-    for how, signal_name in (("top", "SIGABRT"), ("unsorted", "SIGSEGV"), ("next_size", "SIGABRT")):
-        arguments = (f"how={how}", "threads=3", "seed=141")
-        yield Case(f"crash_in_malloc_{how}", "crash_in_malloc", arguments, dies_of=signal_name)
-    yield Case("abort_double_free", "double_free", ("seed=151",))
-
-
-def _other_allocator_cases() -> Iterator[Case]:
-    yield Case("no_glibc_heap", "no_heap", log_bytes=0, support=())
-    mix = ("threads=5", "gone=6", "steps=5000", "seed=161")
-    for name, library, package in (
-        ("jemalloc", "libjemalloc.so.2", "libjemalloc2"),
-        ("tcmalloc", "libtcmalloc_minimal.so.4", "libtcmalloc-minimal4"),
-        ("mimalloc", "libmimalloc.so.2", "libmimalloc2.0"),
-    ):
-        yield Case(
-            f"other_allocator_{name}",
-            "threads",
-            mix,
-            preload=library,
-            packages=(package,),
-            log_bytes=0,
-            support=UNRECORDED,
-        )
-    yield Case("other_allocator_musl", "threads", mix, target=MUSL, log_bytes=0, support=UNRECORDED)
-
-
-CASES: Mapping[str, Case] = {case.name: case for case in _all_cases()}
-# Committed as fixtures/cores/NAME.core.zst: small enough, and tests then need no compiler.
-FIXTURE_CASES = (
-    "abort_double_free",
-    "bloat_small",
-    "plain_small",
-    "retained_small",
-    "threads_small",
-)
 
 
 # ------------------------------------------------------------------------------------- the result
@@ -247,18 +72,18 @@ def core_for(name: str, directory: Path | None = None) -> CorePaths:
     Raises KeyError for an unknown case, CannotMake when this machine lacks what it takes (a test
     skips then), RunFailed when the program did not die as it should.
     """
-    case = CASES[name]
+    case = CASES.get(name) or MATRIX[name]
     directory = (directory or default_directory()).resolve()
-    directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory / f"{name}.lock"):
+    (directory / name).parent.mkdir(parents=True, exist_ok=True)
+    with locked(directory / f"{name}.lock"):
         executable = _build(case, directory)
         paths = CorePaths(directory / f"{name}.core", directory / f"{name}.truth.json.gz", executable)
-        key = _case_key(case, executable)
+        key = _case_key(case, executable, directory)
         key_file = directory / f"{name}.key"
         made = key_file.exists() and key_file.read_text() == key
         if not (made and paths.core.exists() and paths.truth.exists()):
             key_file.unlink(missing_ok=True)
-            _run(case, executable, paths.core, paths.truth)
+            _run(case, executable, directory, paths)
             key_file.write_text(key)
         return paths
 
@@ -268,13 +93,6 @@ def truth_for(name: str, directory: Path | None = None) -> truth.Truth:
     return truth.load_truth(core_for(name, directory).truth)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 # --------------------------------------------------------------------------------------- building
 
 
@@ -282,19 +100,9 @@ def _sources(case: Case) -> list[Path]:
     return [PROGRAMS / f"{name}.c" for name in (*case.support, case.program)]
 
 
-def _flags(case: Case) -> list[str]:
-    # Debug information must not name the checkout it was built in.
-    return [
-        *COMMON_FLAGS,
-        *case.linking.flags,
-        f"-ffile-prefix-map={PROGRAMS}=programs",
-        "-pthread",
-    ]
-
-
 def recorded_flags(case: Case) -> list[str]:
     """The compiler's flags without this machine's paths."""
-    return [flag for flag in _flags(case) if not flag.startswith("-ffile-prefix-map")]
+    return [*COMMON_FLAGS, *case.linking.flags, "-pthread"]
 
 
 def _build(case: Case, directory: Path) -> Path:
@@ -302,22 +110,38 @@ def _build(case: Case, directory: Path) -> Path:
     if cc is None:
         packages = " ".join(case.target.debian_packages)
         raise CannotMake(f"no {case.target.cc}: apt-get install {packages}")
+    libc = _libc_to_build_with(case, directory)
     digest = hashlib.sha256(f"{RECIPE} {recorded_flags(case)}".encode())
     for source in (*_sources(case), *sorted(PROGRAMS.glob("*.h"))):
         digest.update(source.read_bytes())
     version = subprocess.run([cc, "--version"], capture_output=True, check=True, text=True).stdout
-    digest.update(version.encode() + _libc_of(case.target, cc))
+    digest.update(version.encode() + (_libc_of(cc) if libc is None else libc.version.encode()))
     executable = directory / "bin" / digest.hexdigest()[:12] / case.program
     executable.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(executable.parent / "lock"):
+    with locked(executable.parent / "lock"):
         if not executable.exists():
-            _compile(case, cc, executable)
+            _compile(case, cc, libc, executable)
     return executable
 
 
-def _compile(case: Case, cc: str, executable: Path) -> None:
+def _libc_to_build_with(case: Case, directory: Path) -> TargetFiles | None:
+    """None: what the compiler takes by itself."""
+    if case.target.platform is None:
+        return None
+    if case.linking.is_static:
+        return files_of(case.target, directory)
+    return build_files_of(case.target, directory)
+
+
+def _compile(case: Case, cc: str, libc: TargetFiles | None, executable: Path) -> None:
     unfinished = executable.with_name(f"{case.program}.part")
-    command = [cc, *_flags(case), *map(str, _sources(case)), "-o", str(unfinished), "-ldl"]
+    chosen: tuple[str, ...] = ()
+    if libc is not None and case.target.platform is not None:
+        chosen = libc.compiler_flags(case.target.platform)
+    # Debug information must not name the checkout it was built in.
+    mapped = f"-ffile-prefix-map={PROGRAMS}=programs"
+    sources = map(str, _sources(case))
+    command = [cc, *recorded_flags(case), mapped, *chosen, *sources, "-o", str(unfinished), "-ldl"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         hint = f" (apt-get install {' '.join(case.target.debian_packages)})"
@@ -326,16 +150,27 @@ def _compile(case: Case, cc: str, executable: Path) -> None:
     unfinished.rename(executable)
 
 
-def _libc_of(target: Target, cc: str) -> bytes:
-    libc = target.libc
-    if libc is None:
-        answer = subprocess.run([cc, "-print-file-name=libc.so.6"], capture_output=True, check=True, text=True)
-        libc = Path(answer.stdout.strip())
+def _libc_of(cc: str) -> bytes:
+    answer = subprocess.run([cc, "-print-file-name=libc.so.6"], capture_output=True, check=True, text=True)
+    libc = Path(answer.stdout.strip())
     return hashlib.sha256(libc.read_bytes()).digest() if libc.exists() else b""
 
 
-def _case_key(case: Case, executable: Path) -> str:
-    parts = [
+def stripped(case: Case, executable: Path) -> Path:
+    """A copy of an executable without symbols, made beside it."""
+    platform = case.target.platform
+    copy = executable.with_name(f"{executable.name}.stripped")
+    with locked(executable.parent / "lock"):
+        if not copy.exists():
+            unfinished = executable.with_name(f"{executable.name}.stripped.part")
+            tool = _tool(platform.strip if platform else "strip", "binutils")
+            subprocess.run([tool, "-s", "-o", str(unfinished), str(executable)], check=True)
+            unfinished.rename(copy)
+    return copy
+
+
+def _case_key(case: Case, executable: Path, directory: Path) -> str:
+    parts: list[object] = [
         RECIPE,
         executable.parent.name,
         case.arguments,
@@ -346,6 +181,7 @@ def _case_key(case: Case, executable: Path) -> str:
         case.preload,
         case.log_bytes,
         case.target.name,
+        files_of(case.target, directory).version if case.target.release else "",
         hashlib.sha256(Path(truth.__file__).read_bytes()).hexdigest(),
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -354,40 +190,60 @@ def _case_key(case: Case, executable: Path) -> str:
 # ---------------------------------------------------------------------------------------- running
 
 
-def _run(case: Case, executable: Path, core: Path, truth_file: Path) -> None:
-    work = Path(tempfile.mkdtemp(prefix=f"work-{case.name}-", dir=core.parent))
+def _run(case: Case, executable: Path, directory: Path, paths: CorePaths) -> None:
+    work = Path(tempfile.mkdtemp(prefix=f"work-{case.name.replace('/', '-')}-", dir=directory))
+    command = [*_runner(case, directory), str(executable), *case.arguments]
     try:
         for name in RECORD_FILES:
             (work / name).touch()
         os.truncate(work / "record.events", case.log_bytes)
         if case.made_by == "gcore":
-            made = _park_and_gcore(case, executable, work)
+            made = _park_and_gcore(case, command, work)
+        elif case.target.is_emulated:
+            made = _die_with_core(case, command, work, "qemu_*.core")
         elif _kernel_writes_cores_here():
-            made = _die_with_core(case, executable, work)
+            made = _die_with_core(case, command, work, "core*")
         else:
-            made = _die_under_gdb(case, executable, work)
+            made = _die_under_gdb(case, command, work)
         facts = {
             "case": case.name,
             "target": case.target.name,
             "machine": case.target.machine,
-            "made_by": "kernel" if made.name.startswith("core") else "gdb",
+            "made_by": {"c": "kernel", "g": "gdb", "q": "qemu"}[made.name[0]],
             "signal": None if case.made_by == "gcore" else case.dies_of,
             "coredump_filter": case.coredump_filter,
             "build_flags": recorded_flags(case),
             "command": [case.program, *case.arguments],
             "environment": dict(case.environment),
         }
-        truth.condense(work, truth_file, facts)
-        made.rename(core)  # a copy would fill the holes of the sparse file
+        truth.condense(work, paths.truth, facts)
+        if case.target.is_emulated or case.made_by == "gcore":
+            # These write every page. Holes read the same and take no space.
+            subprocess.run([_tool("fallocate", "util-linux"), "--dig-holes", str(made)], check=True)
+        made.rename(paths.core)  # a copy would fill the holes of the sparse file
     except truth.RecordError as error:
         raise RunFailed(f"{case.name}: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _command(case: Case, executable: Path, end: str | None = None) -> list[str]:
-    last = [f"end={end}"] if end else []
-    return [*case.target.runner, str(executable), *case.arguments, *last]
+def _runner(case: Case, directory: Path) -> list[str]:
+    """What stands before the program on the command line: an emulator, another libc's ld.so."""
+    platform = case.target.platform
+    runner: list[str] = []
+    if platform is None:
+        return runner
+    if platform.emulator is None and HOST not in ("x86_64", "i686"):
+        raise CannotMake(f"{case.name}: its program runs on x86-64 alone; this is {HOST}")
+    if platform.emulator is not None:
+        emulator = shutil.which(platform.emulator)
+        if emulator is None:
+            raise CannotMake(f"no {platform.emulator}: apt-get install {' '.join(platform.emulator_packages)}")
+        runner.append(emulator)
+    if not case.linking.is_static:
+        files = files_of(case.target, directory)
+        runner += [str(files.loader.resolve()), "--library-path", str(files.libraries)]
+    return runner
 
 
 def _environment(case: Case) -> dict[str, str]:
@@ -397,14 +253,14 @@ def _environment(case: Case) -> dict[str, str]:
     return environment
 
 
-def _command_with_limits(case: Case, executable: Path, end: str | None = None) -> list[str]:
+def _command_with_limits(case: Case, command: list[str]) -> list[str]:
     """The command behind a shell that allows cores and sets what goes into them.
 
     A shell, because preexec_fn is not safe in a process with threads; `env -i`, because the shell
     would hand on variables of its own.
     """
     script = 'ulimit -c "$0" && echo "$1" > /proc/self/coredump_filter && shift && exec "$@"'
-    limit = "unlimited" if _kernel_writes_cores_here() else "0"
+    limit = "unlimited" if _kernel_writes_cores_here() or case.target.is_emulated else "0"
     variables = [f"{name}={value}" for name, value in _environment(case).items()]
     return [
         "/bin/sh",
@@ -415,7 +271,7 @@ def _command_with_limits(case: Case, executable: Path, end: str | None = None) -
         "/usr/bin/env",
         "-i",
         *variables,
-        *_command(case, executable, end),
+        *command,
     ]
 
 
@@ -434,10 +290,10 @@ def _kernel_writes_cores_here() -> bool:
     return pattern.startswith("core") and hard == resource.RLIM_INFINITY
 
 
-def _die_with_core(case: Case, executable: Path, work: Path) -> Path:
+def _die_with_core(case: Case, command: list[str], work: Path, pattern: str) -> Path:
     with (work / "output").open("w+") as output:
         result = subprocess.run(
-            _command_with_limits(case, executable),
+            _command_with_limits(case, command),
             cwd=work,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -450,7 +306,7 @@ def _die_with_core(case: Case, executable: Path, work: Path) -> Path:
     expected = signal.Signals[case.dies_of]
     if result.returncode != -expected:
         raise RunFailed(f"{case.name}: ended with {result.returncode}, expected {expected!r}: {said}")
-    cores = sorted(work.glob("core*"))
+    cores = sorted(work.glob(pattern))
     if len(cores) != 1:
         raise RunFailed(f"{case.name}: {len(cores)} cores in {work}, expected 1: {said}")
     return cores[0]
@@ -463,7 +319,7 @@ def _gdb() -> str:
     return gdb
 
 
-def _die_under_gdb(case: Case, executable: Path, work: Path) -> Path:
+def _die_under_gdb(case: Case, command: list[str], work: Path) -> Path:
     """For machines whose core_pattern sends cores elsewhere."""
     made = work / "gdb.core"
     commands = [
@@ -478,7 +334,7 @@ def _die_under_gdb(case: Case, executable: Path, work: Path) -> Path:
     ]
     gdb_arguments = [argument for command in commands for argument in ("-ex", command)]
     result = subprocess.run(
-        [_gdb(), "-nx", "-batch", *gdb_arguments, "--args", *_command(case, executable)],
+        [_gdb(), "-nx", "-batch", *gdb_arguments, "--args", *command],
         cwd=work,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -491,10 +347,10 @@ def _die_under_gdb(case: Case, executable: Path, work: Path) -> Path:
     return made
 
 
-def _park_and_gcore(case: Case, executable: Path, work: Path) -> Path:
+def _park_and_gcore(case: Case, command: list[str], work: Path) -> Path:
     made = work / "gdb.core"
     with subprocess.Popen(
-        _command_with_limits(case, executable, end="pause"),
+        _command_with_limits(case, [*command, "end=pause"]),
         cwd=work,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -556,10 +412,10 @@ def compressed(core: Path, suffix: str, directory: Path) -> Path:
     return copy
 
 
-def _tool(name: str) -> str:
+def _tool(name: str, package: str | None = None) -> str:
     path = shutil.which(name)
     if path is None:
-        raise CannotMake(f"no {name}: apt-get install {name}")
+        raise CannotMake(f"no {name}: apt-get install {package or name}")
     return path
 
 

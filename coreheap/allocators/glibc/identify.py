@@ -33,6 +33,7 @@ from coreheap.allocators.glibc.tcache import (
 )
 from coreheap.allocators.glibc.threads import ThreadWords, find_thread_words
 from coreheap.allocators.glibc.version import LibcVersion, libc_version
+from coreheap.allocators.glibc.ways import Globals, evidence_for, evidence_for_layout, find_globals
 from coreheap.corefile import AddressSpace, Core
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Evidence, Strength
@@ -66,6 +67,7 @@ class Identification:
     runner_up: str | None
     evidence: tuple[Evidence, ...]
     libc_version: LibcVersion | None = None
+    other_copies: tuple[int, ...] = ()
 
 
 def layouts_for(core: Core) -> tuple[Layout, ...]:
@@ -157,11 +159,14 @@ class _Search:
 def identify(core: Core) -> Identification | None:
     """Find the arenas and the layout that fits them best; None when nothing in the core is an arena."""
     layouts = layouts_for(core)
+    copies = find_globals(core, layouts, arena_score)
     search = _Search(
         core,
         {},
-        tuple(locate.by_symbol(core, "main_arena")),
-        tuple(locate.by_symbol(core, "mp_")),
+        tuple(sighting for copy in copies for sighting in copy.main_arena),
+        tuple(
+            sighting for copy in copies for sighting in copy.parameters if sighting.evidence.strength is Strength.PROOF
+        ),
     )
     candidates = [candidate for layout in layouts if (candidate := _by_symbol_or_sub_heaps(search, layout))]
     if not candidates:
@@ -193,7 +198,10 @@ def identify(core: Core) -> Identification | None:
         best,
         alternatives=tuple(other.layout.generation.name for other in tied),
         libc_version=version,
-        evidence=(*best.evidence, *_version_evidence(best, version)),
+        evidence=tuple(
+            dict.fromkeys((*best.evidence, *_word_of_libc(best, copies), *_version_evidence(best, version)))
+        ),
+        other_copies=_other_copies(core, best, copies),
         runner_up=(
             f"{behind.layout.generation.name} ({behind.score:.2f} against {best.score:.2f})" if behind else None
         ),
@@ -205,6 +213,38 @@ def _names(candidate: Identification, version: LibcVersion | None) -> bool:
     if version is None:
         return False
     return any(release.partition("-")[0] == version.release for release in candidate.layout.generation.releases)
+
+
+def _word_of_libc(best: Identification, copies: tuple[Globals, ...]) -> tuple[Evidence, ...]:
+    """What libc's own symbols, DWARF, relocations, initial values and code say of the places that were chosen.
+
+    A way that names another place speaks against the choice, and says which place.
+    """
+    own = [copy for copy in copies if any(sighting.address == best.ring.main for sighting in copy.main_arena)]
+    if best.ring.main is None or len(own) != 1:
+        return ()
+    copy = own[0]
+    facts = list(evidence_for(copy.main_arena, best.ring.main))
+    if best.parameters is not None:
+        facts += evidence_for(copy.parameters, best.parameters.address)
+    return (*facts, *evidence_for_layout(copy.layouts, best.layout))
+
+
+def _other_copies(core: Core, best: Identification, copies: tuple[Globals, ...]) -> tuple[int, ...]:
+    """main_arena of other copies of malloc that hold memory: libc in a dlmopen namespace, libc_malloc_debug."""
+    others = []
+    for copy in copies:
+        addresses = {sighting.address for sighting in copy.main_arena}
+        if best.ring.main in addresses:
+            continue
+        for address in sorted(addresses):
+            try:
+                state = read_arena(core.memory, address, best.layout)
+            except MemoryFault:
+                continue
+            if state.system_mem and arena_score(core.memory, state, best.layout) >= ARENA_ACCEPTED:
+                others.append(address)
+    return tuple(others)
 
 
 def _version_evidence(best: Identification, version: LibcVersion | None) -> tuple[Evidence, ...]:

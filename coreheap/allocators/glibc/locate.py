@@ -83,22 +83,6 @@ def mapped_writable(memory: AddressSpace, addresses: UInt64s) -> npt.NDArray[np.
     return inside
 
 
-def by_symbol(core: Core, name: str) -> Iterator[Sighting]:
-    """Addresses of a malloc global in the symbol tables of modules whose files are proven to be the right ones."""
-    for module in core.modules:
-        address = module.symbol_address(name)
-        if address is not None:
-            yield Sighting(
-                address,
-                Evidence(
-                    f"symbol {name} of the module with the same build-id",
-                    f"symbol table of {module.path.rpartition('/')[2]}",
-                    Strength.PROOF,
-                    address,
-                ),
-            )
-
-
 def sub_heap_headers(core: Core, layout: Layout, heap_max: int) -> tuple[HeapInfo, ...]:
     """Every plausible heap_info at a multiple of ``heap_max`` in saved writable memory, by address.
 

@@ -43,7 +43,7 @@ from coreheap.heap import (
     sum_of_totals,
 )
 from coreheap.kernels import ChunkState, StopReason, chunk_extents, state_totals
-from coreheap.quantities import AddressRange
+from coreheap.quantities import AddressRange, format_address
 
 STATES_WITHOUT_USABLE_BYTES = (ChunkState.FENCEPOST, ChunkState.DAMAGED)
 
@@ -303,6 +303,7 @@ class _Assembly:
                 *self._range_gaps(),
                 *mmapped.gaps,
                 *self._mmapped_gaps(),
+                *self._copy_gaps(),
             ),
             totals=sum_of_totals(region.totals for region in self.regions),
             mmapped_totals=mmapped_totals,
@@ -436,6 +437,16 @@ class _Assembly:
                 "malloc_par_unknown",
                 "mp_ was not found: thresholds are unknown and mmapped chunks could not be counted against n_mmaps",
             ),
+        ]
+
+    def _copy_gaps(self) -> list[Gap]:
+        return [
+            Gap(
+                "other_malloc_copy",
+                f"another copy of glibc's malloc, with main_arena at {format_address(address)}, has a heap of its own that is"
+                " not in these numbers",
+            )
+            for address in self.found.other_copies
         ]
 
     def _thread_caches(self) -> tuple[ThreadCache, ...]:

@@ -1,0 +1,255 @@
+"""The table of cases: which programs die how, linked how, with what arguments; and the same for the matrix of releases.
+
+Data. Knows nothing of how a case is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+
+from tests.real_cores.targets import MATRIX_TARGETS, MUSL, NATIVE, Target
+
+LOG_BYTES = 1 << 28  # sparse: room for 8 million events
+MATRIX_LOG_BYTES = 1 << 24
+WRAPPED = (
+    "malloc",
+    "free",
+    "calloc",
+    "realloc",
+    "memalign",
+    "aligned_alloc",
+    "posix_memalign",
+    "valloc",
+    "pvalloc",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Linking:
+    """How a program is linked: a name and the flags."""
+
+    name: str
+    flags: tuple[str, ...]
+    is_static: bool = False
+
+
+RECORDED = ("recorder", "record_files", "scenario")
+UNRECORDED = ("no_recorder", "record_files", "scenario")
+
+_WRAP = ("-DRECORDER_WRAP", *(f"-Wl,--wrap={name}" for name in WRAPPED))
+PIE = Linking("pie", ("-fPIE", "-pie"))
+NO_PIE = Linking("no-pie", ("-fno-pie", "-no-pie"))
+STATIC = Linking("static", ("-fno-pie", "-no-pie", "-static", *_WRAP), is_static=True)
+STATIC_PIE = Linking("static-pie", ("-fPIE", "-static-pie", *_WRAP), is_static=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One core to make: a program, how it is linked, started, ended and dumped.
+
+    `dies_of` is the signal the program ends with; with `made_by` "gcore" it parks itself and gdb
+    dumps the living process. `coredump_filter` is what the kernel is told to dump (core(5)).
+    `preload` names a library that must be installed (`packages` says how). `log_bytes` 0 turns the
+    event log off. `support` is what the program is linked with: the recorder; "no_recorder", which
+    leaves malloc alone; or nothing.
+    """
+
+    name: str
+    program: str
+    arguments: tuple[str, ...] = ()
+    linking: Linking = PIE
+    environment: Mapping[str, str] = field(default_factory=dict)
+    dies_of: str = "SIGABRT"
+    coredump_filter: int = 0x33  # the kernel's own default
+    made_by: str = "kernel"
+    preload: str | None = None
+    packages: tuple[str, ...] = ()
+    log_bytes: int = LOG_BYTES
+    support: tuple[str, ...] = RECORDED
+    slow: bool = False
+    target: Target = NATIVE
+
+    def variant(self, suffix: str, **changes: object) -> Case:
+        """The same case dumped another way, named `case@suffix`."""
+        return replace(self, name=f"{self.name}@{suffix}", **changes)  # type: ignore[arg-type]
+
+
+def _all_cases() -> Iterator[Case]:
+    yield from _thread_cases()
+    yield from _arena_cases()
+    yield from _damage_cases()
+    yield from _other_allocator_cases()
+
+
+def _thread_cases() -> Iterator[Case]:
+    kept = Case("threads_kept", "threads", ("threads=12", "seed=11"))
+    yield kept
+    yield kept.variant("filter_all", coredump_filter=0x7F)
+    yield kept.variant("filter_no_files", coredump_filter=0x21)
+    yield kept.variant("filter_anonymous", coredump_filter=0x01)
+    yield kept.variant("filter_nothing", coredump_filter=0x00)
+    yield kept.variant("segv", arguments=("threads=12", "seed=12", "end=segv"), dies_of="SIGSEGV")
+    # gdb writes the whole reserve of every arena, 64 MiB each: few threads.
+    yield kept.variant("gcore", arguments=("threads=2", "seed=13"), made_by="gcore")
+    yield Case("threads_gone", "threads", ("threads=3", "gone=60", "steps=3000", "seed=21"))
+    yield Case(
+        "one_arena",
+        "threads",
+        ("threads=10", "gone=10", "steps=6000", "seed=31"),
+        environment={"MALLOC_ARENA_MAX": "1"},
+    )
+    mix = ("threads=5", "gone=6", "steps=5000", "seed=41")
+    yield Case("static_exe", "threads", mix, linking=STATIC)
+    yield Case("static_pie", "threads", mix, linking=STATIC_PIE)
+    yield Case("non_pie", "threads", mix, linking=NO_PIE)
+    small = ("threads=4", "steps=1500", "slots=60", "limit=2000", "stack=64", "seed=51")
+    yield Case("threads_small", "threads", small)
+    yield Case("plain_small", "plain", ("seed=61",))
+    yield Case("fork_child", "fork_child", ("threads=6", "seed=71"))
+
+
+def _arena_cases() -> Iterator[Case]:
+    yield Case("many_sub_heaps", "sub_heaps", ("threads=2", "heaps=10", "seed=81"))
+    yield Case("every_list", "every_list", ("threads=4", "seed=91"))
+    yield Case("brk_blocked", "main_arena", ("how=blocked", "seed=101"))
+    yield Case("foreign_sbrk", "main_arena", ("how=foreign", "seed=102"))
+    yield Case("mmapped", "mmapped", ("threads=6", "seed=111"))
+    yield Case("bloat", "bloat", ("threads=40", "peak=1500", "seed=121"))
+    yield Case("bloat_small", "bloat", ("threads=40", "peak=200", "stack=64", "seed=122"))
+    yield Case("retained", "bloat", ("main=65536", "seed=123"))
+    yield Case("retained_small", "bloat", ("main=3000", "seed=124"))
+    big = ("chunks=10000000", "threads=4", "seed=131")
+    yield Case("big_heap", "big_heap", big, log_bytes=0, slow=True)
+
+
+def _damage_cases() -> Iterator[Case]:
+    for how, signal_name in (("top", "SIGABRT"), ("unsorted", "SIGSEGV"), ("next_size", "SIGABRT")):
+        arguments = (f"how={how}", "threads=3", "seed=141")
+        yield Case(f"crash_in_malloc_{how}", "crash_in_malloc", arguments, dies_of=signal_name)
+    yield Case("abort_double_free", "double_free", ("seed=151",))
+
+
+def _other_allocator_cases() -> Iterator[Case]:
+    yield Case("no_glibc_heap", "no_heap", log_bytes=0, support=())
+    mix = ("threads=5", "gone=6", "steps=5000", "seed=161")
+    for name, library, package in (
+        ("jemalloc", "libjemalloc.so.2", "libjemalloc2"),
+        ("tcmalloc", "libtcmalloc_minimal.so.4", "libtcmalloc-minimal4"),
+        ("mimalloc", "libmimalloc.so.2", "libmimalloc2.0"),
+    ):
+        yield Case(
+            f"other_allocator_{name}",
+            "threads",
+            mix,
+            preload=library,
+            packages=(package,),
+            log_bytes=0,
+            support=UNRECORDED,
+        )
+    yield Case("other_allocator_musl", "threads", mix, target=MUSL, log_bytes=0, support=UNRECORDED)
+
+
+CASES: Mapping[str, Case] = {case.name: case for case in _all_cases()}
+# Committed as fixtures/cores/NAME.core.zst: small enough, and tests then need no compiler.
+FIXTURE_CASES = (
+    "abort_double_free",
+    "bloat_small",
+    "plain_small",
+    "retained_small",
+    "threads_small",
+)
+
+
+# ---------------------------------------------------------------------------------------- the matrix
+
+# The cases that every release is held against, with arguments small enough for 15 targets and an emulator.
+# (Thread stacks below 128 KiB are refused on arm64.)
+_MIX = ("threads=3", "gone=3", "steps=800", "slots=100", "limit=200000")
+MATRIX_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+    "threads_kept": ("threads=4", "steps=1200", "slots=120", "limit=200000", "seed=11"),
+    "threads_kept@filter_all": ("threads=2", "steps=600", "slots=100", "limit=50000", "seed=14"),
+    "threads_kept@filter_no_files": ("threads=2", "steps=600", "slots=100", "limit=50000", "seed=15"),
+    "threads_kept@filter_anonymous": ("threads=2", "steps=600", "slots=100", "limit=50000", "seed=16"),
+    "threads_kept@segv": ("threads=3", "steps=800", "slots=100", "limit=200000", "seed=12", "end=segv"),
+    "threads_kept@gcore": ("threads=1", "steps=800", "slots=100", "limit=50000", "seed=13"),
+    "threads_gone": ("threads=2", "gone=20", "steps=400", "slots=80", "limit=50000", "seed=21"),
+    "one_arena": ("threads=4", "gone=4", "steps=600", "slots=100", "limit=50000", "seed=31"),
+    "static_exe": (*_MIX, "seed=41"),
+    "static_pie": (*_MIX, "seed=42"),
+    "non_pie": (*_MIX, "seed=43"),
+    "plain_small": ("seed=61",),
+    "fork_child": ("threads=3", "seed=71"),
+    "many_sub_heaps": ("threads=2", "heaps=4", "seed=81"),
+    "every_list": ("threads=3", "seed=91"),
+    "brk_blocked": ("how=blocked", "seed=101"),
+    "foreign_sbrk": ("how=foreign", "seed=102"),
+    "mmapped": ("threads=3", "seed=111"),
+    "bloat": ("threads=12", "peak=300", "seed=121"),
+    "retained": ("main=3000", "seed=123"),
+    "big_heap": ("chunks=20000", "threads=4", "seed=131"),
+    "crash_in_malloc_top": ("how=top", "threads=3", "seed=141"),
+    "crash_in_malloc_unsorted": ("how=unsorted", "threads=3", "seed=141"),
+    "crash_in_malloc_next_size": ("how=next_size", "threads=3", "seed=141"),
+    "abort_double_free": ("seed=151",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Exclusion:
+    """Cases that are not made for some targets, both by pattern (fnmatch), and the reason."""
+
+    case: str
+    target: str
+    reason: str
+
+
+EXCLUSIONS = (
+    Exclusion("threads_kept@filter_nothing", "*", "its core has no memory of any heap: nothing differs by release"),
+    Exclusion("threads_small", "*", "the committed twin of threads_kept"),
+    Exclusion("bloat_small", "*", "the committed twin of bloat"),
+    Exclusion("retained_small", "*", "the committed twin of retained, whose matrix arguments are as small"),
+    Exclusion("no_glibc_heap", "*", "malloc is never called: no heap to compare"),
+    Exclusion("other_allocator_*", "*", "not glibc's malloc; the libraries are this machine's and need its libc"),
+    Exclusion("threads_kept@filter_*", "*-arm64", "qemu-user writes its core by itself, without coredump_filter"),
+    Exclusion("threads_kept@gcore", "*-arm64", "gdb would dump the emulator, not the program inside it"),
+    Exclusion(
+        "threads_kept@gcore",
+        "forky-*",
+        "from glibc 2.42 on, with a kernel from 6.13 on, gdb's gcore loses the blocks with thread stacks and TLS",
+    ),
+    Exclusion("threads_kept@gcore", "experimental-*", "as with forky: gcore loses thread stacks and TLS"),
+)
+
+
+def exclusion_for(case: str, target: str) -> Exclusion | None:
+    """Why a case is not made for a target, None if it is."""
+    for exclusion in EXCLUSIONS:
+        if fnmatchcase(case, exclusion.case) and fnmatchcase(target, exclusion.target):
+            return exclusion
+    return None
+
+
+def _matrix_cases() -> Iterator[Case]:
+    for target in MATRIX_TARGETS.values():
+        for name, case in CASES.items():
+            if exclusion_for(name, target.name) is None:
+                yield replace(
+                    case,
+                    name=f"{target.name}/{name}",
+                    arguments=MATRIX_ARGUMENTS[name],
+                    log_bytes=MATRIX_LOG_BYTES,
+                    slow=False,
+                    support=_support(case, target),
+                    target=target,
+                )
+
+
+def _support(case: Case, target: Target) -> tuple[str, ...]:
+    is_old = target.release is not None and target.release.name == "bullseye"
+    return (*case.support, "no_unwinder") if case.linking.is_static and is_old else case.support
+
+
+# By "TARGET/CASE".
+MATRIX: Mapping[str, Case] = {case.name: case for case in _matrix_cases()}

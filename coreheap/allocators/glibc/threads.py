@@ -221,7 +221,9 @@ def find_pairs(core: Core, ranges: list[tuple[int, int]], arenas: Collection[int
                     hits.setdefault(distance, []).append((low + place * word, int(words[position]), int(words[place])))
     if not hits:
         return []
-    best = max(hits.values(), key=len)
+    # Old stack frames of malloc hold such words, too, again and again for the same tcache: different ones count.
+    distance = max(hits, key=lambda distance: (len({tcache for *_, tcache in hits[distance]}), -abs(distance)))
+    best = hits[distance]
     return [FoundPair(place, arena, tcache, _thread_below(core, place)) for place, arena, tcache in best]
 
 

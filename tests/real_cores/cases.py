@@ -73,6 +73,7 @@ class Case:
 
     def variant(self, suffix: str, **changes: object) -> Case:
         """The same case dumped another way, named `case@suffix`."""
+        # replace() checks the names; their types cannot be said for arbitrary keywords.
         return replace(self, name=f"{self.name}@{suffix}", **changes)  # type: ignore[arg-type]
 
 

@@ -53,13 +53,7 @@ def find_mmapped(
     mapping that was not saved to its end is left out with a gap: memalign may have put the chunk's header further in.
     """
     found = _headers_that_fit(core, layout, excluded)
-    whole = np.array(
-        [
-            core.memory.is_saved(start, start + size)
-            for start, size in zip(found.mapping_start.tolist(), found.mapping_bytes.tolist(), strict=True)
-        ],
-        dtype=bool,
-    )
+    whole = _is_saved_to_its_end(core.memory, found)
     gaps = tuple(
         Gap(
             "mmapped_chunk_cut",
@@ -126,6 +120,23 @@ def _headers_that_fit(core: Core, layout: Layout, excluded: list[tuple[int, int]
         np.concatenate([table.mapping_bytes for table in tables]),
         np.concatenate([table.chunk_bytes for table in tables]),
     )
+
+
+def _is_saved_to_its_end(memory: AddressSpace, found: MmappedChunks) -> npt.NDArray[np.bool_]:
+    """For each mapping whether the core holds every byte of it; bool[n]."""
+    if not len(found) or not len(memory.run_start):
+        return np.zeros(len(found), bool)
+    before = np.cumsum(memory.run_end - memory.run_start) - (memory.run_end - memory.run_start)
+
+    def saved_below(address: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        # Every mapping that was found begins in a run, so one starts at or before each of these addresses.
+        run = np.maximum(np.searchsorted(memory.run_start, address, side="right") - 1, 0)
+        held: npt.NDArray[np.uint64] = before[run] + np.minimum(address, memory.run_end[run]) - memory.run_start[run]
+        return held
+
+    end = found.mapping_start + found.mapping_bytes
+    whole: npt.NDArray[np.bool_] = saved_below(end) - saved_below(found.mapping_start) == found.mapping_bytes
+    return whole
 
 
 def _rows(table: MmappedChunks, keep: npt.NDArray[np.bool_]) -> MmappedChunks:

@@ -50,13 +50,13 @@ def analyze(core: Core, options: AnalysisOptions | None = None) -> Report:
         options.progress(phase, done, total)
 
     progress("reading modules", 0, None)
-    core_gaps = core.gaps
+    _ = core.modules  # found on first use: this phase's work
     heap: HeapSnapshot | None = None
     for allocator in ALLOCATORS:
         heap = heap or allocator.snapshot(core, progress)
     progress("accounting for all memory", 0, None)
     ledger = build_ledger(core, heap)
-    gaps = (*core_gaps, *(heap.gaps if heap else ()))
+    gaps = (*core.gaps, *(heap.gaps if heap else ()))
     findings, defects = _run_checks(Case(core, heap, ledger, gaps), progress)
     clock.stop()
     return Report(
@@ -180,8 +180,11 @@ def _signal_name(number: int | None) -> str | None:
 
 
 def _thread_summaries(core: Core, heap: HeapSnapshot | None) -> tuple[ThreadSummary, ...]:
-    arena_of = {thread: arena.index for arena in (heap.arenas if heap else ()) for thread in arena.threads}
-    cache_of = {cache.thread: cache for cache in (heap.thread_caches if heap else ()) if cache.thread is not None}
+    # Of several copies of malloc these are the program's own; what threads have of the others is in those (MallocCopy).
+    arenas = [arena for arena in (heap.arenas if heap else ()) if arena.copy == 0]
+    caches = [cache for cache in (heap.thread_caches if heap else ()) if cache.copy == 0]
+    arena_of = {thread: arena.index for arena in arenas for thread in arena.threads}
+    cache_of = {cache.thread: cache for cache in caches if cache.thread is not None}
     summaries = []
     for thread in core.threads:
         cache = cache_of.get(thread.index)

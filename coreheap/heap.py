@@ -167,6 +167,8 @@ class Arena:
     """Bytes that system_mem counts but that other callers of sbrk own, with what malloc skips around them to align."""
     saved_bytes: int
     coverage: float | None
+    copy: int = 0
+    """Which copy of malloc the arena belongs to, an index of ``HeapSnapshot.copies``; 0 is the program's own."""
 
     @property
     def reserved_bytes(self) -> int | None:
@@ -213,6 +215,7 @@ class ThreadCache:
     arena: int | None
     count: int
     chunk_bytes: int
+    copy: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +228,24 @@ class MallocParameters:
 
     def value(self, name: str) -> int | None:
         return self.values.get(name)
+
+
+@dataclass(frozen=True, slots=True)
+class MallocCopy:
+    """One malloc of a process: libc's in the program's own namespace, in one of dlmopen's, or libc_malloc_debug's.
+
+    Each has its own main arena, ring of arenas, ``mp_`` and tcaches. ``module`` is the file that ``main_arena`` lies in, None
+    where that is unknown. ``system_mem`` is the sum over its arenas, None where one was not saved.
+    """
+
+    number: int
+    main_arena: int | None
+    module: str | None
+    parameters: MallocParameters | None
+    arena_count: int
+    system_mem: int | None
+    evidence: tuple[Evidence, ...]
+    confidence: Confidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,8 +388,10 @@ class HeapSnapshot:
     mmapped_totals: StateTotals = field(default_factory=dict)
     mmapped_count: int = 0
     mmapped_bytes: int = 0
+    copies: tuple[MallocCopy, ...] = ()
+    """Every malloc of the process, the program's own first; mmapped chunks are counted against all of them together."""
 
     @property
     def main_arena(self) -> Arena | None:
-        """The main arena; None where nothing of it could be found."""
+        """The main arena of the program's own malloc; None where nothing of it could be found."""
         return next((arena for arena in self.arenas if arena.is_main), None)

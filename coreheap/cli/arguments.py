@@ -65,6 +65,7 @@ class Request:
     executable: str | None = None
     sysroot: str | None = None
     debug_directories: tuple[str, ...] = ()
+    debuginfod: bool = False
     top: int | None = None
     fail_on: str | None = None
     strict: bool = False
@@ -196,6 +197,7 @@ def parse_arguments(words: Sequence[str]) -> Request:
         executable=spoken.exe,
         sysroot=spoken.sysroot,
         debug_directories=tuple(spoken.debug_dir),
+        debuginfod=spoken.debuginfod,
         top=spoken.top,
         fail_on=getattr(spoken, "fail_on", None),
         strict=spoken.strict,
@@ -270,6 +272,11 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         action="append",
         default=[],
         help="where separate debug files are; may be given several times",
+    )
+    files.add_argument(
+        "--debuginfod",
+        action="store_true",
+        help="ask the servers in DEBUGINFOD_URLS for libc's symbols where no file here has them",
     )
     talk = parser.add_argument_group("messages")
     talk.add_argument("-v", "--verbose", action="count", default=0, help="more: all lists, costs, tracebacks")

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 
@@ -33,21 +33,25 @@ from coreheap.corefile.image import CoreImage, read_image
 from coreheap.corefile.local_files import FileFinder
 from coreheap.corefile.mapped_files import MappedFiles, read_mapped_files
 from coreheap.corefile.memory import AddressSpace
-from coreheap.corefile.modules import Module, file_bytes_of, find_modules
+from coreheap.corefile.modules import Module, fetch_symbols, file_bytes_of, find_modules
 from coreheap.corefile.notes import read_notes, text_of, writer_of
 from coreheap.corefile.process import (
     AT_EXECFN,
     AT_PAGESZ,
     InitialStack,
     ProcessFacts,
+    complete_auxv,
     read_auxv,
     read_initial_stack,
     read_process,
 )
 from coreheap.corefile.regions import regions_of
 from coreheap.corefile.threads import Thread, ThreadTable, read_threads, threads_of
-from coreheap.errors import InputNotUsable, MemoryFault
+from coreheap.errors import InputNotUsable, MemoryFault, UsageError
 from coreheap.evidence import Gap
+
+if TYPE_CHECKING:
+    from coreheap.corefile.debuginfod import DebuginfodClient
 
 DEFAULT_PAGE_BYTES: Final = 4096
 
@@ -98,10 +102,11 @@ class Core:
         """The threads as columns."""
         self.auxv: Mapping[int, int] = read_auxv(data, notes, self.word_bytes, self._gaps)
         """type -> value of the auxiliary vector; ``AUXV_NAMES`` has the names."""
-        self.page_bytes = self._page_bytes()
         self._process = read_process(data, self.machine, notes, self.thread_table, self._gaps)
         files = read_mapped_files(data, notes, self.word_bytes, self._gaps)
         self.memory = self._address_space(data, files)
+        self.auxv = complete_auxv(self.memory, self.auxv, self._gaps)
+        self.page_bytes = self.memory.page_bytes = self._page_bytes()
         self.memory.use_file_bytes(lambda: file_bytes_of(self.modules))
 
     def __enter__(self) -> Self:
@@ -144,7 +149,20 @@ class Core:
     @cached_property
     def modules(self) -> tuple[Module, ...]:
         """The ELF objects in the process, found on first use."""
-        return find_modules(self.memory, self.auxv, self._finder, self._gaps)
+        # While modules are looked for, memory is the core's alone: bytes of files need modules first.
+        self.memory.use_file_bytes(tuple)
+        found = find_modules(self.memory, self.auxv, self._finder, self._gaps)
+        self.memory.use_file_bytes(lambda: file_bytes_of(found))
+        return found
+
+    def fetch_symbols(self, module: Module) -> None:
+        """Ask debuginfod servers for files of a module that are not on this machine.
+
+        Does nothing unless the core was opened with ``debuginfod``. For modules whose symbols an analysis needs, and
+        no others: what is asked for leaves this machine.
+        """
+        if fetch_symbols(module, self._finder, self._gaps):
+            self.memory.use_file_bytes(lambda: file_bytes_of(self.modules))
 
     @property
     def main_module(self) -> Module | None:
@@ -222,7 +240,7 @@ class Core:
             files,
             machine=self.machine,
             word_bytes=self.word_bytes,
-            page_bytes=self.page_bytes,
+            page_bytes=DEFAULT_PAGE_BYTES,
             extents=FileExtents(self._descriptor, self.file_bytes, meaning),
         )
 
@@ -233,14 +251,20 @@ def open_core(
     executable: Path | None = None,
     sysroot: Path | None = None,
     debug_directories: Sequence[Path] = (),
+    debuginfod: bool = False,
     progress: Progress | None = None,
     unpacked_limit: int = UNPACKED_LIMIT,
 ) -> Core:
     """Open a core, unpacking it first where it is compressed.
 
-    Raises InputNotUsable when the file is missing, unreadable, no core, or a compressed core that
-    cannot be unpacked, and UnsupportedCore for a core of a machine that coreheap does not know.
+    With ``debuginfod`` the servers in the environment's DEBUGINFOD_URLS are asked for symbols that
+    the analysis needs and no local file gives; without it nothing is ever asked of a network.
+
+    Raises UsageError with ``debuginfod`` where DEBUGINFOD_URLS names no server, InputNotUsable when
+    the file is missing, unreadable, no core, or a compressed core that cannot be unpacked, and
+    UnsupportedCore for a core of a machine that coreheap does not know.
     """
+    client = _debuginfod_client() if debuginfod else None
     where = os.fspath(path)
     descriptor = _open_regular_file(where)
     gaps: list[Gap] = []
@@ -259,11 +283,28 @@ def open_core(
                         f"{unpacked.damage}; what came before is analysed",
                     )
                 )
-        finder = FileFinder(executable, sysroot, debug_directories)
+        before_fetch = (lambda: progress("asking debuginfod", 0, None)) if progress else (lambda: None)
+        finder = FileFinder(executable, sysroot, debug_directories, client, before_fetch)
         return Core(Path(where), descriptor, file_bytes, compression, bytes_on_disk, finder, gaps)
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def _debuginfod_client() -> DebuginfodClient:
+    # Only now: it imports Python's HTTP client, which few need.
+    from coreheap.corefile.debuginfod import client_from
+
+    client = client_from(os.environ)
+    if client is None:
+        raise UsageError(
+            "debuginfod was asked for and DEBUGINFOD_URLS names no server",
+            expected="DEBUGINFOD_URLS with addresses of servers, separated by spaces",
+            found=repr(os.environ.get("DEBUGINFOD_URLS", "")),
+            next_step="export DEBUGINFOD_URLS=https://SERVER (the documentation of the process's distribution names"
+            " its own), or use --debug-dir with local debug files",
+        )
+    return client
 
 
 def _unpack(descriptor: int, compression: str, where: str, progress: Progress | None, limit: int) -> UnpackedCore:

@@ -29,6 +29,10 @@ DT_NULL, DT_STRTAB, DT_SYMTAB, DT_STRSZ, DT_SONAME, DT_DEBUG = 0, 5, 6, 10, 14, 
 _HEADER_64 = struct.Struct("<HHIQQQIHHHHHH")
 _HEADER_32 = struct.Struct("<HHIIIIIHHHHHH")
 _IDENT_BYTES: Final = 16
+SHT_NOBITS: Final = 8
+SHF_EXECINSTR: Final = 4
+SECTION_LIMIT: Final = 1 << 14
+SECTION_NAMES_BYTES: Final = 1 << 20
 _SECTION_INFO_64 = 44
 """Offset of sh_info in an Elf64_Shdr; 28 in an Elf32_Shdr."""
 
@@ -56,6 +60,25 @@ _PROGRAM_HEADER: Final[dict[int, np.dtype[np.void]]] = {
             ("flags", "<u4"),
             ("alignment", "<u4"),
         ]
+    ),
+}
+
+_SECTION_HEADER: Final[dict[int, np.dtype[np.void]]] = {
+    64: np.dtype(
+        {
+            "names": ["name", "kind", "flags", "file_offset", "byte_count"],
+            "formats": ["<u4", "<u4", "<u8", "<u8", "<u8"],
+            "offsets": [0, 4, 8, 24, 32],
+            "itemsize": 64,
+        }
+    ),
+    32: np.dtype(
+        {
+            "names": ["name", "kind", "flags", "file_offset", "byte_count"],
+            "formats": ["<u4"] * 5,
+            "offsets": [0, 4, 8, 16, 20],
+            "itemsize": 40,
+        }
     ),
 }
 
@@ -107,6 +130,21 @@ class ProgramHeaders:
     def rows_of_kind(self, kind: int) -> npt.NDArray[np.intp]:
         """Indexes of the rows with this p_type."""
         return np.flatnonzero(self.kind == kind)
+
+
+@dataclass(frozen=True, slots=True)
+class SectionHeaders:
+    """A section header table as columns, one row a section."""
+
+    name: npt.NDArray[np.uint32]
+    """Offsets of the names in section ``e_shstrndx``."""
+    kind: npt.NDArray[np.uint32]
+    flags: Words
+    file_offset: Words
+    byte_count: Words
+
+    def __len__(self) -> int:
+        return len(self.name)
 
 
 def header_of(buffer: bytes | memoryview) -> ElfHeader | None:
@@ -166,6 +204,49 @@ def program_headers_of(data: Bytes, header: ElfHeader, count: int) -> ProgramHea
         memory_bytes=column("memory_bytes"),
         alignment=column("alignment"),
     )
+
+
+def section_headers_of(data: Bytes, header: ElfHeader) -> SectionHeaders:
+    """The section headers of a file; no rows where it has none, or where the table lies outside of it."""
+    layout = _SECTION_HEADER[header.bits]
+    stride = header.section_header_bytes
+    room = len(data) - header.section_header_offset
+    rows = 0
+    if header.section_header_offset and stride >= layout.itemsize and room >= layout.itemsize:
+        rows = min(header.section_header_count, (room - layout.itemsize) // stride + 1, SECTION_LIMIT)
+    table: npt.NDArray[np.void] = np.zeros(0, layout)
+    if rows > 0:
+        table = np.ndarray((rows,), layout, buffer=data, offset=header.section_header_offset, strides=(stride,))
+    return SectionHeaders(
+        name=table["name"].astype(np.uint32),
+        kind=table["kind"].astype(np.uint32),
+        flags=table["flags"].astype(np.uint64),
+        file_offset=table["file_offset"].astype(np.uint64),
+        byte_count=table["byte_count"].astype(np.uint64),
+    )
+
+
+def section_named(data: Bytes, header: ElfHeader, name: bytes, limit: int) -> bytes:
+    """The first ``limit`` bytes of the first section of that name; empty where it has no content in this file.
+
+    Without a library that makes an object of every section: this is asked of every module (0.03 against 2 ms).
+    """
+    sections = section_headers_of(data, header)
+    if header.section_names_index >= len(sections):
+        return b""
+    start = int(sections.file_offset[header.section_names_index])
+    size = min(int(sections.byte_count[header.section_names_index]), SECTION_NAMES_BYTES)
+    # A linker may store a name as the end of another one.
+    names = data[start : start + size].tobytes() + b"\0"
+    rows = [
+        row
+        for row in np.flatnonzero(sections.kind != SHT_NOBITS).tolist()
+        if names.startswith(name + b"\0", int(sections.name[row]))
+    ]
+    if not rows:
+        return b""
+    offset = int(sections.file_offset[rows[0]])
+    return data[offset : offset + min(int(sections.byte_count[rows[0]]), limit)].tobytes()
 
 
 def extended_program_header_count(data: Bytes, header: ElfHeader) -> int | None:

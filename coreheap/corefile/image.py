@@ -32,12 +32,25 @@ _OTHER_MACHINES: Final[dict[tuple[int, int], str]] = {
     (243, 64): "riscv64",
     (243, 32): "riscv32",
     (21, 64): "ppc64le",
-    (22, 64): "s390x",
     (258, 64): "loongarch64",
     (8, 32): "mips",
     (8, 64): "mips64",
 }
+_BIG_ENDIAN_MACHINES: Final[dict[tuple[int, int], str]] = {
+    (22, 64): "s390x",
+    (22, 32): "s390",
+    (21, 64): "ppc64",
+    (20, 32): "ppc",
+    (8, 32): "mips",
+    (8, 64): "mips64",
+    (43, 64): "sparc64",
+    (40, 32): "32-bit arm",
+    (183, 64): "aarch64",
+    (15, 32): "hppa",
+}
 _OTHER_SYSTEMS: Final[dict[int, str]] = {2: "NetBSD", 6: "Solaris", 9: "FreeBSD", 12: "OpenBSD"}
+_EXPECTED: Final = f"a little-endian Linux core of {', '.join(MACHINES.values())}"
+_KNOWN_MACHINES: Final = "coreheap knows only the machines named here; analyse such a core with its own system's gdb"
 _MAKE_A_CORE = (
     "give the core that the kernel wrote (ulimit -c unlimited; coredumpctl where systemd keeps "
     "them), or one of gdb's generate-core-file"
@@ -130,13 +143,16 @@ def _core_header(data: Bytes, where: str) -> ElfHeader:
             found=head[:8].hex(" ") or "an empty file",
             next_step=_MAKE_A_CORE,
         )
-    if len(head) > 5 and head[5] == 2:
+    if len(head) > 19 and head[5] == 2:
+        bits = {1: 32, 2: 64}.get(head[4], 0)
+        number = int.from_bytes(head[18:20], "big")
+        machine = _BIG_ENDIAN_MACHINES.get((number, bits), f"machine {number}, {bits} bits")
         raise UnsupportedCore(
-            "the core is of a big-endian machine",
+            "the file is of a big-endian machine",
             where=where,
-            expected="little-endian",
-            found="big-endian",
-            next_step="coreheap reads x86_64, i386 and aarch64 cores",
+            expected=_EXPECTED,
+            found=f"{machine}, big-endian",
+            next_step=_KNOWN_MACHINES,
         )
     header = elf.header_of(head)
     if header is None:
@@ -172,9 +188,9 @@ def _machine_of(header: ElfHeader, where: str) -> str:
         raise UnsupportedCore(
             "cores of this kind of machine are not supported",
             where=where,
-            expected=f"a Linux core of {', '.join(MACHINES.values())}",
+            expected=_EXPECTED,
             found=found,
-            next_step="coreheap knows only the machines named here",
+            next_step=_KNOWN_MACHINES,
         )
     return MACHINES[key]
 

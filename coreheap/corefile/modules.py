@@ -15,7 +15,8 @@ import numpy as np
 
 from coreheap.corefile import elf
 from coreheap.corefile.elf import ElfHeader, ProgramHeaders
-from coreheap.corefile.local_files import FileFinder
+from coreheap.corefile.link_map import LinkedObject, find_r_debug, linked_objects
+from coreheap.corefile.local_files import FileFinder, FoundFile
 from coreheap.corefile.mapped_files import MappedFile
 from coreheap.corefile.memory import AddressSpace, FileBytes
 from coreheap.corefile.notes import records_at, text_of
@@ -68,6 +69,20 @@ class Module:
     def name(self) -> str:
         """The last part of the path, else the soname."""
         return self.path.rpartition("/")[2] or self.soname
+
+    @property
+    def file_title(self) -> str:
+        """What reports call its file: the module's name, and where the file came from if it was fetched."""
+        name = self.name or "the program"
+        return f"{name} from {self.elf_file.origin}" if self.elf_file is not None and self.elf_file.origin else name
+
+    @property
+    def debug_file_title(self) -> str:
+        """What reports call its debug file; "" without one."""
+        file = self.debug_file
+        if file is None:
+            return ""
+        return f"debug file from {file.origin}" if file.origin else f"debug file {file.path.name}"
 
     @property
     def mapped_ranges(self) -> tuple[tuple[int, int], ...]:
@@ -142,17 +157,11 @@ def find_modules(
             continue
         found = finder.find(module.raw_path, module.build_id, is_executable=module is main)
         module.file_status, module.elf_file = found.status, found.file
-        if found.rejected:
-            gaps.append(
-                Gap(
-                    "mismatched_module",
-                    f"{found.rejected} is another build than {module.path or module.soname} "
-                    "in the core and is not used",
-                    AddressRange(module.start, module.end),
-                )
-            )
+        _note_refused(module, found, "mismatched_module", gaps)
         if module.build_id is not None:
-            module.debug_file = finder.find_debug_file(module.raw_path, module.build_id, found.file)
+            separate = finder.find_debug_file(module.raw_path, module.build_id, found.file)
+            module.debug_file = separate.file or found.debug_file
+            _note_refused(module, separate, "mismatched_debug_file", gaps)
         if found.file is not None and module.dynamic and not module.soname:
             module.soname = found.file.soname
     unverifiable = sum(module.file_status == "not_verifiable" for module in modules)
@@ -160,11 +169,61 @@ def find_modules(
         gaps.append(
             Gap(
                 "modules_not_verifiable",
-                f"the build-ids of {unverifiable} modules are not in the core "
-                "(coredump_filter bit 4); local files are not used for them",
+                f"the build-ids of {unverifiable} modules are not in the core (coredump_filter bit 4; qemu-user saves "
+                "none); local files are not used for them, not even one given by --exe",
             )
         )
     return tuple(modules)
+
+
+def _note_refused(module: Module, found: FoundFile, cause: str, gaps: list[Gap]) -> None:
+    if found.refused is None or module.build_id is None:
+        return
+    gaps.append(
+        Gap(
+            cause,
+            f"{found.refused.path} has build-id {found.refused.build_id.hex()}, "
+            f"{module.name or 'the module'} in the core {module.build_id.hex()}: another build, not used",
+            AddressRange(module.start, module.end),
+        )
+    )
+
+
+def fetch_symbols(module: Module, finder: FileFinder, gaps: list[Gap]) -> bool:
+    """Ask debuginfod servers, where the user allowed them, for a module's debug file, and for its own file where none
+    is here. Whether its own file came.
+
+    What they do not give is a gap with the server's name.
+    """
+    if not finder.may_fetch:
+        return False
+    name, came = module.name or "the program", False
+    problems: list[tuple[str, str]] = []
+    if module.build_id is None:
+        problems = [
+            ("debuginfod_not_asked", f"the build-id of {name} is not in the core; no server can be asked for it")
+        ]
+    else:
+        if module.debug_file is None:
+            fetched = finder.fetch(module.build_id, "debuginfo")
+            module.debug_file = fetched.file
+            if fetched.file is None:
+                problems.append(
+                    ("debuginfod_failed", f"no debug file of {name}: {fetched.problem}; --debug-dir names local ones")
+                )
+        if module.elf_file is None:
+            fetched = finder.fetch(module.build_id, "executable")
+            if fetched.file is None:
+                problems.append(
+                    ("debuginfod_failed", f"no file of {name}: {fetched.problem}; --sysroot names local ones")
+                )
+            else:
+                module.elf_file, module.file_status, came = fetched.file, "matched", True
+    for cause, consequence in problems:
+        gap = Gap(cause, consequence, AddressRange(module.start, module.end))
+        if gap not in gaps:
+            gaps.append(gap)
+    return came
 
 
 def file_bytes_of(modules: Iterable[Module]) -> list[FileBytes]:
@@ -252,50 +311,41 @@ def _modules_of_headers(memory: AddressSpace, auxv: Mapping[int, int]) -> Iterab
         # already.
         if loaded is not None and not (found and start < found[-1][1].end):
             found.append((start, loaded))
-    names: dict[int, bytes] = {}
     modules = [_module(memory, b"", start, loaded.end, loaded, ()) for start, loaded in found]
     main = _main_module(modules, auxv)
-    if main is not None:
-        names = dict(link_map(memory, main.dynamic.get(elf.DT_DEBUG, 0)))
-        execfn = auxv.get(AT_EXECFN, 0)
-        if not names.get(main.load_bias or 0):
-            names[main.load_bias or 0] = _text_or_empty(memory, execfn)
+    r_debug = main.dynamic.get(elf.DT_DEBUG, 0) if main is not None else 0
+    linked = list(linked_objects(memory, r_debug or find_r_debug(memory, auxv)))
+    paths = {entry.load_bias: entry.raw_path for entry in linked}
+    program_path = _text_or_empty(memory, auxv.get(AT_EXECFN, 0))
+    if main is not None or linked:
+        bias = linked[0].load_bias if main is None else main.load_bias or 0
+        paths[bias] = paths.get(bias) or program_path
     for module in modules:
-        raw_path = names.pop(module.load_bias or 0, b"")
-        module.raw_path, module.path = raw_path, text_of(raw_path)
-    known: list[tuple[int, int | None, bytes]] = []
-    known += ((bias, bias, raw_path) for bias, raw_path in names.items() if raw_path and bias)
-    if main is None and AT_PHDR in auxv:
-        program_path = _text_or_empty(memory, auxv.get(AT_EXECFN, 0))
-        known.append((auxv[AT_PHDR], None, program_path))
-    modules.extend(_modules_without_header(memory, known))
+        module.raw_path = paths.pop(module.load_bias or 0, b"")
+        module.path = text_of(module.raw_path)
+    for entry in linked:
+        if entry.load_bias in paths:
+            modules.extend(_module_of_link_map(memory, entry, paths.pop(entry.load_bias)))
+    if main is None and not linked and AT_PHDR in auxv:
+        modules.extend(_module_around(memory, auxv[AT_PHDR], program_path))
     return modules
 
 
-def _modules_without_header(memory: AddressSpace, known: Iterable[tuple[int, int | None, bytes]]) -> Iterable[Module]:
-    """Modules that are known by (an address in them, load bias, raw path) alone."""
-    for address, load_bias, raw_path in known:
-        index = memory.region_index(address)
-        if index is not None and int(memory.region_flags[index]) & (elf.PF_R | elf.PF_X):
-            region = memory.region(index)
-            module = _module(memory, raw_path, region.start, region.end, None, ())
-            module.load_bias = load_bias
-            yield module
+def _module_around(memory: AddressSpace, address: int, raw_path: bytes) -> Iterable[Module]:
+    """A module of which only an address is known: the readable region there."""
+    index = memory.region_index(address)
+    if index is not None and int(memory.region_flags[index]) & (elf.PF_R | elf.PF_X):
+        region = memory.region(index)
+        yield _module(memory, raw_path, region.start, region.end, None, ())
 
 
-def link_map(memory: AddressSpace, r_debug: int) -> Iterable[tuple[int, bytes]]:
-    """(load bias, raw path) of each entry of the link map (glibc elf/link.h, r_debug)."""
-    word = memory.word_bytes
-    seen: set[int] = set()
-    try:
-        entry = memory.read_word(r_debug + word) if r_debug else 0
-        while entry and entry not in seen and len(seen) < MODULE_LIMIT:
-            seen.add(entry)
-            bias, name, _, following = memory.read_words(entry, 4).tolist()
-            yield bias, _text_or_empty(memory, name)
-            entry = following
-    except MemoryFault:
-        return
+def _module_of_link_map(memory: AddressSpace, entry: LinkedObject, raw_path: bytes) -> Iterable[Module]:
+    """A module whose header was not saved: what the dynamic linker kept of it."""
+    for module in _module_around(memory, entry.load_bias or entry.dynamic_address, raw_path):
+        if entry.mapped is not None:
+            module.start, module.end = entry.mapped[0], entry.mapped[1] + -entry.mapped[1] % memory.page_bytes
+        module.load_bias, module.dynamic = entry.load_bias, entry.dynamic(memory)
+        yield module
 
 
 def _text_or_empty(memory: AddressSpace, address: int) -> bytes:

@@ -8,13 +8,13 @@ beyond the signal of the first, or modules.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from coreheap.corefile.elf import Bytes, words_in
+from coreheap.corefile.elf import Bytes, Words, words_in
 from coreheap.corefile.memory import AddressSpace
 from coreheap.corefile.notes import NT_AUXV, NT_PRPSINFO, NT_SIGINFO, NoteTable, text_of
 from coreheap.corefile.threads import ThreadTable
@@ -56,6 +56,8 @@ _SIGNALS_WITH_ADDRESS: Final = frozenset((4, 5, 7, 8, 11))
 """SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV: their siginfo has si_addr."""
 _SI_KERNEL: Final = 0x80
 _STACK_WORDS: Final = 1 << 20
+_VECTOR_LIMIT: Final = 64
+"""Places on the stack that may be the auxiliary vector; a debugger or a loader may have copied it."""
 _STRING_BYTES: Final = 1 << 17
 """MAX_ARG_STRLEN, 32 pages: no argument is longer (include/uapi/linux/binfmts.h)."""
 
@@ -118,12 +120,40 @@ def read_auxv(data: Bytes, notes: NoteTable, word_bytes: int, gaps: list[Gap]) -
         gaps.append(Gap("auxiliary_vector_missing", "page size, program and vDSO are found otherwise"))
         return {}
     words = words_in(content, word_bytes).tolist()
+    whole, shifted = _pairs(words), _pairs(words[1:])
+    # qemu-user copies the vector from the stack as it is at the end. ld.so, run by name, has moved it down there by its
+    # own arguments, an odd number mostly: the copy begins in the middle of a pair.
+    return shifted if _known_tags(shifted) > _known_tags(whole) else whole
+
+
+def complete_auxv(memory: AddressSpace, auxv: Mapping[int, int], gaps: list[Gap]) -> dict[int, int]:
+    """The auxiliary vector with the entries that NT_AUXV lacks at its beginning, from the process's stack.
+
+    AT_PHDR is the first that every writer has; where it is there, nothing is added. The vector on the stack counts
+    only where it has all that the note has.
+    """
+    if AT_PHDR in auxv or not auxv:
+        return dict(auxv)
+    for words, start in _vectors_on_stack(memory, auxv):
+        entries = _pairs(words[start:].tolist())
+        if all(entries.get(tag) == value for tag, value in auxv.items()):
+            return entries
+    gaps.append(Gap("auxiliary_vector_cut", "it does not tell where the program is; modules are found otherwise"))
+    return dict(auxv)
+
+
+def _pairs(words: Sequence[int]) -> dict[int, int]:
+    """tag -> value up to AT_NULL; of tags that occur more often the first."""
     entries: dict[int, int] = {}
     for tag, value in zip(words[::2], words[1::2], strict=False):
         if tag == 0:
             break
         entries.setdefault(tag, value)
     return entries
+
+
+def _known_tags(entries: Mapping[int, int]) -> int:
+    return sum(tag in AUXV_NAMES for tag in entries)
 
 
 def read_process(data: Bytes, machine: str, notes: NoteTable, threads: ThreadTable, gaps: list[Gap]) -> ProcessFacts:
@@ -155,22 +185,7 @@ def read_initial_stack(memory: AddressSpace, auxv: Mapping[int, int]) -> Initial
     The stack holds argc, argv[], NULL, envp[], NULL, auxv[] (System V ABI, "Initial Process
     Stack"). The auxiliary vector is found by its entry AT_RANDOM, whose value is in NT_AUXV too.
     """
-    random = auxv.get(AT_RANDOM)
-    index = memory.region_index(random) if random is not None else None
-    if random is None or index is None:
-        return None
-    word = memory.word_bytes
-    end = random & ~(word - 1)
-    start = max(int(memory.region_start[index]), end - _STACK_WORDS * word)
-    start += -start % word
-    try:
-        words = memory.read_words(start, (end - start) // word)
-    except MemoryFault:
-        return None
-    places = np.flatnonzero((words[:-1] == AT_RANDOM) & (words[1:] == np.uint64(random)))
-    for place in reversed(places.tolist()):
-        while place >= 2 and int(words[place - 2]) in auxv:
-            place -= 2
+    for words, place in _vectors_on_stack(memory, auxv):
         zeros = np.flatnonzero(words[:place] == 0)
         if len(zeros) < 2 or int(zeros[-1]) != place - 1:
             continue
@@ -188,6 +203,27 @@ def read_initial_stack(memory: AddressSpace, auxv: Mapping[int, int]) -> Initial
             environment.setdefault(name, value)
         return InitialStack(tuple(_string(memory, at) for at in arguments), environment)
     return None
+
+
+def _vectors_on_stack(memory: AddressSpace, auxv: Mapping[int, int]) -> Iterator[tuple[Words, int]]:
+    """Words of the stack, and the row at which an auxiliary vector with the note's AT_RANDOM begins; the last first."""
+    random = auxv.get(AT_RANDOM)
+    index = memory.region_index(random) if random is not None else None
+    if random is None or index is None:
+        return
+    word = memory.word_bytes
+    end = random & ~(word - 1)
+    start = max(int(memory.region_start[index]), end - _STACK_WORDS * word)
+    start += -start % word
+    try:
+        words = memory.read_words(start, (end - start) // word)
+    except MemoryFault:
+        return
+    places = np.flatnonzero((words[:-1] == AT_RANDOM) & (words[1:] == np.uint64(random)))
+    for place in reversed(places[-_VECTOR_LIMIT:].tolist()):
+        while place >= 2 and (int(words[place - 2]) in auxv or int(words[place - 2]) in AUXV_NAMES):
+            place -= 2
+        yield words, place
 
 
 def _string(memory: AddressSpace, address: int) -> str:

@@ -19,7 +19,7 @@ import stat
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -30,6 +30,8 @@ from coreheap.corefile import elf
 from coreheap.corefile.elf import Bytes, ElfHeader, ProgramHeaders
 
 STT_OBJECT, STT_FUNC, STT_TLS, STT_GNU_IFUNC = 1, 2, 6, 10
+DYNSYM, SYMTAB, MINI_DEBUG_INFO = ".dynsym", ".symtab", "MiniDebugInfo"
+"""Tables that a symbol may come from; the last is the one inside .gnu_debugdata."""
 _SHN_LORESERVE: Final = 0xFF00
 """Section numbers from here on are no sections: SHN_ABS (0xfff1) has no address that moves."""
 SECTION_LIMIT: Final = 1 << 14
@@ -54,6 +56,8 @@ class Symbol:
     byte_count: int
     kind: int
     """STT_OBJECT, STT_FUNC, STT_TLS, …"""
+    table: str = SYMTAB
+    """Where it was found: DYNSYM, SYMTAB or MINI_DEBUG_INFO."""
 
 
 class SymbolTable:
@@ -91,15 +95,18 @@ class SymbolTable:
 class ElfFile:
     """An ELF file on this machine; not trusted either: what is damaged is just not found."""
 
-    def __init__(self, path: Path, content: bytes | mmap.mmap, header: ElfHeader) -> None:
+    def __init__(self, path: Path, content: bytes | mmap.mmap, header: ElfHeader, origin: str = "") -> None:
         self.path = path
+        self.origin = origin
+        """Where the file was fetched from; "" for one that lay on this machine."""
         self.data: Bytes = np.frombuffer(content, np.uint8)
         self.segments: ProgramHeaders = elf.program_headers_of(self.data, header, header.program_header_count)
+        self._header = header
         self._content = content
         self._stream = _BoundedStream(content)
 
     @classmethod
-    def open(cls, path: Path) -> ElfFile | None:
+    def open(cls, path: Path, origin: str = "") -> ElfFile | None:
         """The ELF file at ``path``; None when there is none or it cannot be read.
 
         Only regular files of real file systems: a path that a core names must not make coreheap
@@ -118,7 +125,7 @@ class ElfFile:
             header = elf.header_of(os.pread(descriptor, 64, 0))
             if header is None:
                 return None
-            return cls(path, mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), header)
+            return cls(path, mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), header, origin)
         except (OSError, ValueError):
             return None
         finally:
@@ -159,9 +166,15 @@ class ElfFile:
     @cached_property
     def debug_link(self) -> str:
         """The file name in .gnu_debuglink, "" when there is none or it is more than a name."""
-        section = self._section_named(".gnu_debuglink")
-        name = os.fsdecode(self._section_bytes(section, 4096).partition(b"\0")[0])
+        content = elf.section_named(self.data, self._header, b".gnu_debuglink", 4096)
+        name = os.fsdecode(content.partition(b"\0")[0])
         return "" if "/" in name or name in (".", "..") else name
+
+    @cached_property
+    def is_debug_file(self) -> bool:
+        """Whether its code is elsewhere (objcopy --only-keep-debug): good for symbols, not for the module's bytes."""
+        sections = elf.section_headers_of(self.data, self._header)
+        return bool(((sections.kind == elf.SHT_NOBITS) & ((sections.flags & np.uint64(elf.SHF_EXECINSTR)) != 0)).any())
 
     def find_symbol(self, name: str) -> Symbol | None:
         """The symbol of that name from .dynsym, .symtab or MiniDebugInfo.
@@ -172,14 +185,14 @@ class ElfFile:
         if symbol is None and self._may_name(self._symtab_section, name):
             symbol = self._symtab.find(name)
         if symbol is None and self._mini_debug_info is not None:
-            symbol = self._mini_debug_info.find_symbol(name)
+            symbol = _from_mini_debug_info(self._mini_debug_info.find_symbol(name))
         return symbol
 
     def symbol_containing(self, value: int) -> Symbol | None:
         """The function or object that holds an address before relocation; None between symbols."""
         symbol = self._symtab.containing(value) or self._dynsym.containing(value)
         if symbol is None and self._mini_debug_info is not None:
-            symbol = self._mini_debug_info.symbol_containing(value)
+            symbol = _from_mini_debug_info(self._mini_debug_info.symbol_containing(value))
         return symbol
 
     def _exported(self, name: str) -> Symbol | None:
@@ -188,7 +201,7 @@ class ElfFile:
             table = self._section_of_type(kind)
             if table is not None:
                 self._stream.reads_left = READ_LIMIT
-                return _defined(self._ask(None, table.get_symbol, name))
+                return _defined(self._ask(None, table.get_symbol, name), DYNSYM)
         return self._dynsym.find(name) if self._may_name(self._dynsym_section, name) else None
 
     def _may_name(self, section: Any, name: str) -> bool:
@@ -211,13 +224,13 @@ class ElfFile:
 
     @cached_property
     def _symtab(self) -> SymbolTable:
-        return self._symbols_of(self._symtab_section)
+        return self._symbols_of(self._symtab_section, SYMTAB)
 
     @cached_property
     def _dynsym(self) -> SymbolTable:
-        return self._symbols_of(self._dynsym_section)
+        return self._symbols_of(self._dynsym_section, DYNSYM)
 
-    def _symbols_of(self, section: Any) -> SymbolTable:
+    def _symbols_of(self, section: Any, table: str) -> SymbolTable:
         """The defined symbols of a table, up to the first that cannot be read."""
         symbols: list[Symbol] = []
         if section is not None and not section.compressed:
@@ -226,7 +239,7 @@ class ElfFile:
                 row = self._ask(None, section.get_symbol, number)
                 if row is None:
                     break
-                symbol = _defined(row)
+                symbol = _defined(row, table)
                 if symbol is not None:
                     symbols.append(symbol)
         return SymbolTable(symbols)
@@ -333,7 +346,11 @@ class _BoundedStream:
         return part
 
 
-def _defined(symbol: Any) -> Symbol | None:
+def _from_mini_debug_info(symbol: Symbol | None) -> Symbol | None:
+    return None if symbol is None else replace(symbol, table=MINI_DEBUG_INFO)
+
+
+def _defined(symbol: Any, table: str) -> Symbol | None:
     """A symbol of pyelftools as ours; None when it is undefined or no address."""
     from elftools.elf.enums import ENUM_ST_INFO_TYPE
 
@@ -344,4 +361,4 @@ def _defined(symbol: Any) -> Symbol | None:
     if isinstance(section, str) or section >= _SHN_LORESERVE:
         return None
     number = ENUM_ST_INFO_TYPE.get(kind, kind)
-    return Symbol(symbol.name, symbol["st_value"], symbol["st_size"], number)
+    return Symbol(symbol.name, symbol["st_value"], symbol["st_size"], number, table)

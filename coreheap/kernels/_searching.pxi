@@ -161,60 +161,148 @@ ctypedef fused Word:
     uint32_t
     uint64_t
 
+cdef extern from *:
+    """
+    /* Whether any word of a block points backwards by two words, or by low to low + (1 << shift) - 1 bytes: nearly no
+       block has one, and this is all that is done with the others. Without branches, for the vector unit; once more for
+       AVX2, which is three times as fast as what every x86-64 has, chosen at run time as popcnt is. */
+    #define COREHEAP_BLOCK_WORDS 64
+    #define COREHEAP_MAY_HOLD_ANY(name, word_type) \
+        static int name(const uint8_t *data, word_type address, word_type low, int shift) { \
+            word_type seen = 0; \
+            for (int number = 0; number < COREHEAP_BLOCK_WORDS; number++) { \
+                word_type word; \
+                memcpy(&word, data + number * sizeof word, sizeof word); \
+                word_type distance = address + (word_type) (number * sizeof word) - word; \
+                seen |= (word_type) ((distance == 2 * sizeof word) | ((word_type) (distance - low) >> shift == 0)); \
+            } \
+            return seen != 0; \
+        }
+    COREHEAP_MAY_HOLD_ANY(coreheap_any_of_block_32, uint32_t)
+    COREHEAP_MAY_HOLD_ANY(coreheap_any_of_block_64, uint64_t)
+    #if defined(__x86_64__) && defined(__GNUC__)
+    __attribute__((target("avx2"))) COREHEAP_MAY_HOLD_ANY(coreheap_any_of_block_32_avx2, uint32_t)
+    __attribute__((target("avx2"))) COREHEAP_MAY_HOLD_ANY(coreheap_any_of_block_64_avx2, uint64_t)
+    static int coreheap_has_avx2 = 0;
+    static void coreheap_detect_vectors(void) {
+        __builtin_cpu_init();
+        coreheap_has_avx2 = __builtin_cpu_supports("avx2") != 0;
+    }
+    #define COREHEAP_CHOOSE(name, ...) (coreheap_has_avx2 ? name ## _avx2(__VA_ARGS__) : name(__VA_ARGS__))
+    #else
+    static void coreheap_detect_vectors(void) {}
+    #define COREHEAP_CHOOSE(name, ...) name(__VA_ARGS__)
+    #endif
+    static inline int coreheap_any_of_block(
+        const uint8_t *data, uint64_t address, uint64_t low, int shift, int word_bytes
+    ) {
+        if (word_bytes == 8) return COREHEAP_CHOOSE(coreheap_any_of_block_64, data, address, low, shift);
+        return COREHEAP_CHOOSE(coreheap_any_of_block_32, data, (uint32_t) address, (uint32_t) low, shift);
+    }
+    """
+    enum: BLOCK_WORDS "COREHEAP_BLOCK_WORDS"
+    void detect_vectors "coreheap_detect_vectors"() nogil
+    bint any_of_block "coreheap_any_of_block"(
+        const uint8_t *data, uint64_t address, uint64_t low, int shift, int word_bytes
+    ) noexcept nogil
 
-cdef int64_t _words_before_near(const uint8_t *data, int64_t words, Word address, Word reach) noexcept nogil:
-    """How many words come before the first that points at most ``reach`` bytes backwards, ``words`` if none does."""
-    cdef int64_t number
+detect_vectors()
+
+cdef enum:
+    BINMAP_BYTES = 16
+
+
+cdef inline Word _distance(const uint8_t *data, int64_t number, Word address) noexcept nogil:
+    """How far word ``number``, which lies at ``address``, points backwards."""
     cdef Word value
-    for number in range(words):
-        memcpy(&value, data + number * <int64_t>sizeof(Word), sizeof(Word))
-        if <Word>(address - value) <= reach:
-            return number
-        address += sizeof(Word)
-    return words
+    memcpy(&value, data + number * <int64_t>sizeof(Word), sizeof(Word))
+    return address - value
+
+
+cdef inline uint64_t _interesting(const uint8_t *data, int count, Word address, Word low, Word span) noexcept nogil:
+    """A bit for each word of a block that points backwards by two words, or by ``low`` to ``low + span`` bytes."""
+    cdef uint64_t found = 0
+    cdef Word distance
+    cdef int number
+    for number in range(count):
+        distance = _distance[Word](data, number, address + number * sizeof(Word))
+        found |= <uint64_t>((distance == 2 * sizeof(Word)) | (<Word>(distance - low) <= span)) << number
+    return found
+
+
+cdef inline bint _is_pair(const uint8_t *data, int64_t words, int64_t number, Word address) noexcept nogil:
+    """Whether two words from ``number`` on, the first at ``address``, both point two words before the first."""
+    return (
+        0 <= number < words - 1
+        and _distance[Word](data, number, address) == 2 * sizeof(Word)
+        and _distance[Word](data, number + 1, address) == 2 * sizeof(Word)
+    )
+
+
+cdef inline bint _last_bin_is_empty(const uint8_t *data, int64_t number, Word address) noexcept nogil:
+    """Whether the bin before binmap and ``next`` (the word ``number``, at ``address``) is empty or was never set."""
+    cdef int64_t last = number - BINMAP_BYTES // <int64_t>sizeof(Word) - 2
+    cdef Word bin_address = address - BINMAP_BYTES - 2 * sizeof(Word)
+    if last < 0 or _is_pair[Word](data, number, last, bin_address):
+        return True
+    return (
+        _distance[Word](data, last, bin_address) == bin_address
+        and _distance[Word](data, last + 1, bin_address) == bin_address
+    )
 
 
 cdef int _scan_words(
     const uint8_t *data,
     int64_t words,
-    uint64_t address,
-    Word reach,
+    uint64_t start,
+    Word low,
+    Word span,
     const uint64_t[::1] deltas,
     int64_t capacity,
     Numbers *pairs,
     Numbers *hits,
 ) except -1 nogil:
     """``find_arena_candidates`` from an aligned address; returns whether a list was full."""
-    cdef Word value, following, distance
-    cdef int64_t number = 0, delta
+    cdef Word address, distance
+    cdef int64_t block_number, block, number, delta
+    cdef uint64_t found
+    cdef int count
+    cdef int shift = bit_length(span)
     cdef int truncated = 0
-    while True:
+    for block_number in range((words + BLOCK_WORDS - 1) // BLOCK_WORDS):
+        block = block_number * BLOCK_WORDS
+        count = <int>min(BLOCK_WORDS, words - block)
+        address = <Word>(start + <uint64_t>block * sizeof(Word))
         # All that is looked for points a little backwards; nearly no word does.
-        number += _words_before_near[Word](
-            data + number * <int64_t>sizeof(Word),
-            words - number,
-            <Word>(address + <uint64_t>number * sizeof(Word)),
-            reach,
-        )
-        if number >= words:
-            return truncated
-        memcpy(&value, data + number * <int64_t>sizeof(Word), sizeof(Word))
-        distance = <Word>(address + <uint64_t>number * sizeof(Word)) - value
-        if distance == 2 * sizeof(Word) and number + 1 < words:
-            memcpy(&following, data + (number + 1) * <int64_t>sizeof(Word), sizeof(Word))
-            if following == value:
-                if pairs.count < capacity:
-                    _append(pairs, address + <uint64_t>number * sizeof(Word))
-                else:
-                    truncated = 1
-        for delta in range(deltas.shape[0]):
-            if deltas[delta] == distance:
-                if hits.count < capacity:
-                    _append(hits, address + <uint64_t>number * sizeof(Word))
-                else:
-                    truncated = 1
-                break
-        number += 1
+        if count == BLOCK_WORDS and not any_of_block(
+            data + block * <int64_t>sizeof(Word), address, low, shift, sizeof(Word)
+        ):
+            continue
+        found = _interesting[Word](data + block * <int64_t>sizeof(Word), count, address, low, span)
+        while found:
+            number = block + lowest_bit(found)
+            found &= found - 1
+            address = <Word>(start + <uint64_t>number * sizeof(Word))
+            distance = _distance[Word](data, number, address)
+            if distance == 2 * sizeof(Word) and _is_pair[Word](data, words, number, address):
+                if (
+                    _is_pair[Word](data, words, number - 2, <Word>(address - 2 * sizeof(Word)))
+                    or _is_pair[Word](data, words, number + 2, <Word>(address + 2 * sizeof(Word)))
+                ):
+                    if pairs.count < capacity:
+                        _append(pairs, start + <uint64_t>number * sizeof(Word))
+                    else:
+                        truncated = 1
+            for delta in range(deltas.shape[0]):
+                if deltas[delta] == distance:
+                    if not _last_bin_is_empty[Word](data, number, address):
+                        break
+                    if hits.count < capacity:
+                        _append(hits, start + <uint64_t>number * sizeof(Word))
+                    else:
+                        truncated = 1
+                    break
+    return truncated
 
 
 def find_arena_candidates(
@@ -227,7 +315,8 @@ def find_arena_candidates(
     """See ``reference.find_arena_candidates``."""
     cdef Numbers pairs = Numbers(NULL, 0, 0)
     cdef Numbers hits = Numbers(NULL, 0, 0)
-    cdef uint64_t reach = 2 * word_bytes
+    cdef uint64_t low = 2 * word_bytes
+    cdef uint64_t high = 2 * word_bytes
     cdef uint64_t address
     cdef int64_t skipped, words, delta
     cdef const uint8_t *data = NULL
@@ -237,7 +326,8 @@ def find_arena_candidates(
     for delta in range(next_deltas.shape[0]):
         if next_deltas[delta] >= 1 << 16:
             raise ValueError("a malloc_state has no field that far from its start")
-        reach = max(reach, next_deltas[delta])
+        low = next_deltas[delta] if delta == 0 else min(low, next_deltas[delta])
+        high = next_deltas[delta] if delta == 0 else max(high, next_deltas[delta])
     _check_start(start_address)
     skipped = min(-start_address % word_bytes, memory.shape[0])
     words = (memory.shape[0] - skipped) // word_bytes
@@ -248,11 +338,19 @@ def find_arena_candidates(
             with nogil:
                 if word_bytes == 8:
                     truncated = _scan_words[uint64_t](
-                        data, words, address, reach, next_deltas, capacity, &pairs, &hits
+                        data, words, address, low, high - low, next_deltas, capacity, &pairs, &hits
                     )
                 else:
                     truncated = _scan_words[uint32_t](
-                        data, words, address, <uint32_t>reach, next_deltas, capacity, &pairs, &hits
+                        data,
+                        words,
+                        address,
+                        <uint32_t>low,
+                        <uint32_t>(high - low),
+                        next_deltas,
+                        capacity,
+                        &pairs,
+                        &hits,
                     )
         return ArenaCandidates(_as_array(&pairs), _as_array(&hits), bool(truncated))
     finally:

@@ -20,6 +20,7 @@ from coreheap.heap import (
     Arena,
     ChunkState,
     HeapSnapshot,
+    MallocCopy,
     MallocParameters,
     StateTotal,
     StateTotals,
@@ -32,7 +33,7 @@ from coreheap.report import CoreSummary, Finding, LedgerNode, Phase, ProcessSumm
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 """Grows in its second number when keys are added; the first would change only if a key changed its meaning."""
 
 ADDRESS_PARAMETERS = frozenset({"sbrk_base"})
@@ -133,7 +134,42 @@ def _allocator(identity: AllocatorIdentity, parameters: MallocParameters | None,
         "limit_reason": _text(heap.limit_reason) or None,
         "evidence": _evidence(identity.evidence),
         "confidence": identity.confidence.value,
+        "copies": [_copy(copy, heap) for copy in heap.copies],
     }
+
+
+def _copy(copy: MallocCopy, heap: HeapSnapshot) -> Json:
+    return {
+        "copy": copy.number,
+        "module": _text_or_null(copy.module),
+        "main_arena": _address(copy.main_arena),
+        "mp": None if copy.parameters is None else _address(copy.parameters.address),
+        "parameters": None if copy.parameters is None else _parameters(copy.parameters),
+        "arenas": copy.arena_count,
+        "system_mem": copy.system_mem,
+        "threads": _threads_of_copy(copy.number, heap) if copy.number else None,
+        "evidence": _evidence(copy.evidence),
+        "confidence": copy.confidence.value,
+    }
+
+
+def _threads_of_copy(copy: int, heap: HeapSnapshot) -> Json:
+    """What each thread has of a copy of malloc, for threads that have anything."""
+    arena_of = {thread: arena.index for arena in heap.arenas if arena.copy == copy for thread in arena.threads}
+    cache_of = {cache.thread: cache for cache in heap.thread_caches if cache.copy == copy and cache.thread is not None}
+    rows: list[Json] = []
+    for thread in sorted(arena_of.keys() | cache_of.keys()):
+        cache = cache_of.get(thread)
+        rows.append(
+            {
+                "index": thread,
+                "arena": arena_of.get(thread),
+                "thread_cache_address": None if cache is None else _address(cache.address),
+                "tcache_count": None if cache is None else cache.count,
+                "tcache_bytes": None if cache is None else cache.chunk_bytes,
+            }
+        )
+    return rows
 
 
 def _parameters(parameters: MallocParameters) -> Json:
@@ -183,6 +219,7 @@ def _arena(arena: Arena) -> Json:
     return {
         "index": arena.index,
         "address": _address(arena.address),
+        "copy": arena.copy,
         "is_main": arena.is_main,
         "is_contiguous": arena.is_contiguous,
         "system_mem": arena.system_mem,

@@ -94,6 +94,7 @@ def arenas_table(report: Report) -> Table:
         Column("top_bytes", CellKind.BYTES),
         Column("sub_heap_count", CellKind.COUNT),
         *_state_columns(),
+        Column("copy", CellKind.INDEX),
     )
     rows = tuple(
         (
@@ -116,6 +117,7 @@ def arenas_table(report: Report) -> Table:
             arena.top_bytes,
             len(arena.sub_heaps),
             *_state_cells(arena.totals),
+            arena.copy,
         )
         for arena in _arenas(report)
     )
@@ -180,7 +182,7 @@ def bins_table(report: Report) -> Table:
 
 
 def threads_table(report: Report) -> Table:
-    """One row a thread, with the arena and the tcache it was found to use."""
+    """One row a thread, with the arena and the tcache it was found to use in the program's own malloc."""
     columns = (
         Column("index", CellKind.INDEX),
         Column("lwp", CellKind.INDEX),
@@ -197,7 +199,7 @@ def threads_table(report: Report) -> Table:
     )
     address_of = {arena.index: arena.address for arena in _arenas(report)}
     caches = report.heap.thread_caches if report.heap else ()
-    cache_of = {cache.thread: cache for cache in caches if cache.thread is not None}
+    cache_of = {cache.thread: cache for cache in caches if cache.thread is not None and cache.copy == 0}
     rows = tuple(
         (
             thread.index,

@@ -203,7 +203,8 @@ def _arenas(page: Page, heap: HeapSnapshot) -> None:
     total = len(heap.arenas)
     limit = "" if heap.narenas_limit is None else f", limit {heap.narenas_limit}"
     order = "by memory held" if total > 1 else ""
-    page.heading("Arenas", f"{total:,}{limit}{'; ' if order else ''}{order}")
+    several = f" of {len(heap.copies)} copies of malloc" if len(heap.copies) > 1 else ""
+    page.heading("Arenas", f"{total:,}{several}{limit}{'; ' if order else ''}{order}")
     wide = page.width >= 112
     columns = [("arena", True), ("held", True), ("in use", True), ("free", True), ("top", True)]
     columns += [("heaps", True), ("threads", True), ("notes", False)]
@@ -246,6 +247,7 @@ def _threads_of(arena: Arena) -> str:
 def _arena_notes(arena: Arena) -> str:
     notes = (
         ("main", arena.is_main),
+        (f"copy {arena.copy}", arena.copy > 0),
         ("locked", arena.locked),
         ("idle", arena.on_free_list),
         ("partial", arena.coverage is None or arena.coverage < 1),
@@ -337,9 +339,26 @@ def _allocator(page: Page, heap: HeapSnapshot) -> None:
         f"main_arena {address_or_unknown(identity.main_arena)}, mp_ {address_or_unknown(identity.mp)}",
         indent=2,
     )
+    if len(heap.copies) > 1:
+        _copies(page, heap)
     if identity.runner_up and page.style.verbose:
         page.add(f"next best layout: {printable(identity.runner_up)}", indent=2)
     _evidence(page, identity.evidence, indent=2)
+
+
+def _copies(page: Page, heap: HeapSnapshot) -> None:
+    """The copies of malloc, for processes that have more than one."""
+    page.add("Several copies of malloc have heaps of their own; all are in these numbers:", indent=2)
+    table = plain_table((("copy", True), ("main_arena", False), ("arenas", True), ("held", True), ("file", False)))
+    for copy in heap.copies:
+        table.add_row(
+            str(copy.number),
+            address_or_unknown(copy.main_arena),
+            format_count(copy.arena_count),
+            bytes_or_unknown(copy.system_mem),
+            shortened(copy.module or "unknown", 40),
+        )
+    page.add(table, indent=2)
 
 
 def _phases(page: Page, report: Report) -> None:

@@ -37,6 +37,7 @@ class Linking:
 
 RECORDED = ("recorder", "record_files", "scenario")
 UNRECORDED = ("no_recorder", "record_files", "scenario")
+RECORDS_ITSELF = ("record_files", "scenario")  # the program has the recorder inside
 
 _WRAP = ("-DRECORDER_WRAP", *(f"-Wl,--wrap={name}" for name in WRAPPED))
 PIE = Linking("pie", ("-fPIE", "-pie"))
@@ -82,6 +83,7 @@ def _all_cases() -> Iterator[Case]:
     yield from _arena_cases()
     yield from _damage_cases()
     yield from _other_allocator_cases()
+    yield from _copies_cases()
 
 
 def _thread_cases() -> Iterator[Case]:
@@ -123,6 +125,10 @@ def _arena_cases() -> Iterator[Case]:
     yield Case("retained_small", "bloat", ("main=3000", "seed=124"))
     big = ("chunks=10000000", "threads=4", "seed=131")
     yield Case("big_heap", "big_heap", big, log_bytes=0, slow=True)
+    # 4.3 GB each, what looking for malloc is measured on: one thread, the main arena alone, no page empty.
+    for content in ("random", "pointers"):
+        arguments = (f"content={content}", "main=1024", "big=1024", "plain=2048", "seed=132")
+        yield Case(f"full_{content}", "full_memory", arguments, log_bytes=0, slow=True)
 
 
 def _damage_cases() -> Iterator[Case]:
@@ -150,6 +156,33 @@ def _other_allocator_cases() -> Iterator[Case]:
             support=UNRECORDED,
         )
     yield Case("other_allocator_musl", "threads", mix, target=MUSL, log_bytes=0, support=UNRECORDED)
+
+
+def _copies_cases() -> Iterator[Case]:
+    """More than one malloc in a process."""
+
+    def case(name: str, *arguments: str, **more: object) -> Case:
+        return Case(name, "copies", arguments, support=RECORDS_ITSELF, **more)  # type: ignore[arg-type]
+
+    yield case("namespace", "namespaces=1", "threads=3", "seed=171")
+    yield case("namespaces", "namespaces=2", "threads=4", "seed=172")
+    # Only their main arenas: nothing but these tells of the copies.
+    yield case("namespaces_main_only", "namespaces=2", "threads=0", "pieces=250", "seed=173")
+    yield case("namespaces_gone", "namespaces=2", "threads=2", "gone=5", "seed=174")
+    checked = {"MALLOC_CHECK_": "3", "GLIBC_TUNABLES": "glibc.malloc.check=3"}
+    debug = "libc_malloc_debug.so.0"
+    yield case(
+        "malloc_debug", "debug=1", "threads=3", "seed=175", environment=checked, preload=debug, packages=("libc6",)
+    )
+    yield case(
+        "side_by_side",
+        "namespaces=1",
+        "library=libjemalloc.so.2",
+        "threads=3",
+        "seed=176",
+        preload="libjemalloc.so.2",
+        packages=("libjemalloc2",),
+    )
 
 
 CASES: Mapping[str, Case] = {case.name: case for case in _all_cases()}
@@ -194,6 +227,11 @@ MATRIX_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "crash_in_malloc_unsorted": ("how=unsorted", "threads=3", "seed=141"),
     "crash_in_malloc_next_size": ("how=next_size", "threads=3", "seed=141"),
     "abort_double_free": ("seed=151",),
+    "namespace": ("namespaces=1", "threads=2", "steps=600", "seed=171"),
+    "namespaces": ("namespaces=2", "threads=3", "steps=600", "seed=172"),
+    "namespaces_main_only": ("namespaces=2", "threads=0", "pieces=120", "steps=600", "seed=173"),
+    "namespaces_gone": ("namespaces=2", "threads=2", "gone=3", "steps=600", "seed=174"),
+    "malloc_debug": ("debug=1", "threads=2", "steps=600", "seed=175"),
 }
 
 
@@ -211,8 +249,13 @@ EXCLUSIONS = (
     Exclusion("threads_small", "*", "the committed twin of threads_kept"),
     Exclusion("bloat_small", "*", "the committed twin of bloat"),
     Exclusion("retained_small", "*", "the committed twin of retained, whose matrix arguments are as small"),
+    Exclusion("full_*", "*", "for measurements alone, 4 GB each"),
     Exclusion("no_glibc_heap", "*", "malloc is never called: no heap to compare"),
     Exclusion("other_allocator_*", "*", "not glibc's malloc; the libraries are this machine's and need its libc"),
+    Exclusion("side_by_side", "*", "the other allocator's library is this machine's and needs its libc"),
+    Exclusion("malloc_debug", "bullseye-*", "libc_malloc_debug.so came with glibc 2.34"),
+    Exclusion("namespaces", "bullseye-i386", "a thread that uses the second namespace's libc crashes inside it"),
+    Exclusion("namespaces_gone", "bullseye-i386", "as with namespaces"),
     Exclusion("threads_kept@filter_*", "*-arm64", "qemu-user writes its core by itself, without coredump_filter"),
     Exclusion("threads_kept@gcore", "*-arm64", "gdb would dump the emulator, not the program inside it"),
     Exclusion(

@@ -5,6 +5,8 @@ Every function returns a list of differences in words, empty when there is none,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -104,19 +106,44 @@ def compare_malloc_info(heap: HeapSnapshot, truth: Truth) -> list[str]:
     if info is None:
         return ["the truth has no malloc_info"]
     differences = []
-    if len(heap.arenas) != len(info.heaps):
-        differences.append(f"{len(heap.arenas)} arenas, the process had {len(info.heaps)}")
-    for arena, said in zip(heap.arenas, info.heaps, strict=False):
+    # One malloc wrote it; what other copies have, if there are any, they noted (copies.c).
+    writer = int(truth.notes.get("malloc_info_of", ("0",))[0])
+    own = [arena for arena in heap.arenas if arena.copy == writer]
+    if len(own) != len(info.heaps):
+        differences.append(f"{len(own)} arenas, the process had {len(info.heaps)}")
+    for arena, said in zip(own, info.heaps, strict=False):
         differences += compare_arena(arena, said)
+    mmapped = [(info.mmap.count, info.mmap.bytes)]
+    mmapped += [(said.mmapped_count, said.mmapped_bytes) for said in copies_of(truth) if said.number != writer]
+    said_count = sum(count for count, _ in mmapped)
     # From 2.43 every mremap leaves mmapped_mem two words too high (fact sheet, 4.1): whole pages are what is mapped.
     drifts = truth.glibc_version is not None and int(truth.glibc_version.split(".")[1]) >= 43
-    said_bytes = info.mmap.bytes // 4096 * 4096 if drifts else info.mmap.bytes
-    if (heap.mmapped_count, heap.mmapped_bytes) != (info.mmap.count, said_bytes):
+    said_bytes = sum(size // 4096 * 4096 if drifts else size for _, size in mmapped)
+    if (heap.mmapped_count, heap.mmapped_bytes) != (said_count, said_bytes):
         differences.append(
-            f"mmapped: {heap.mmapped_count} of {heap.mmapped_bytes} bytes, the process had"
-            f" {info.mmap.count} of {info.mmap.bytes}"
+            f"mmapped: {heap.mmapped_count} of {heap.mmapped_bytes} bytes, the process had {said_count} of {said_bytes}"
         )
     return differences
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTruth:
+    """What one copy of malloc said of itself (mallinfo), and the blocks that the program took from it and still had."""
+
+    number: int
+    system_mem: int
+    mmapped_count: int
+    mmapped_bytes: int
+    free_bytes: int
+    live_payload_address: Addresses
+
+
+def copies_of(truth: Truth) -> list[CopyTruth]:
+    """The copies of malloc by their number in the program (copies.c); empty for programs that have but one."""
+    return [
+        CopyTruth(*numbers, np.sort(np.array(truth.note_numbers(f"live_in_copy_{numbers[0]}"), np.uint64)))
+        for numbers in ([int(word) for word in line.split()] for line in truth.notes.get("mallinfo", ()))
+    ]
 
 
 def ledger_errors(node: LedgerNode) -> list[str]:

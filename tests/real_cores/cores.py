@@ -198,13 +198,13 @@ def _run(case: Case, executable: Path, directory: Path, paths: CorePaths) -> Non
             (work / name).touch()
         os.truncate(work / "record.events", case.log_bytes)
         if case.made_by == "gcore":
-            made = _park_and_gcore(case, command, work)
+            made = _park_and_gcore(case, command, directory, work)
         elif case.target.is_emulated:
-            made = _die_with_core(case, command, work, "qemu_*.core")
+            made = _die_with_core(case, command, directory, work, "qemu_*.core")
         elif _kernel_writes_cores_here():
-            made = _die_with_core(case, command, work, "core*")
+            made = _die_with_core(case, command, directory, work, "core*")
         else:
-            made = _die_under_gdb(case, command, work)
+            made = _die_under_gdb(case, command, directory, work)
         facts = {
             "case": case.name,
             "target": case.target.name,
@@ -246,14 +246,14 @@ def _runner(case: Case, directory: Path) -> list[str]:
     return runner
 
 
-def _environment(case: Case) -> dict[str, str]:
+def _environment(case: Case, directory: Path) -> dict[str, str]:
     environment = {**ENVIRONMENT, **case.environment}
     if case.preload is not None:
-        environment["LD_PRELOAD"] = str(_preloaded(case))
+        environment["LD_PRELOAD"] = str(_preloaded(case, directory))
     return environment
 
 
-def _command_with_limits(case: Case, command: list[str]) -> list[str]:
+def _command_with_limits(case: Case, command: list[str], directory: Path) -> list[str]:
     """The command behind a shell that allows cores and sets what goes into them.
 
     A shell, because preexec_fn is not safe in a process with threads; `env -i`, because the shell
@@ -261,7 +261,7 @@ def _command_with_limits(case: Case, command: list[str]) -> list[str]:
     """
     script = 'ulimit -c "$0" && echo "$1" > /proc/self/coredump_filter && shift && exec "$@"'
     limit = "unlimited" if _kernel_writes_cores_here() or case.target.is_emulated else "0"
-    variables = [f"{name}={value}" for name, value in _environment(case).items()]
+    variables = [f"{name}={value}" for name, value in _environment(case, directory).items()]
     return [
         "/bin/sh",
         "-c",
@@ -275,9 +275,12 @@ def _command_with_limits(case: Case, command: list[str]) -> list[str]:
     ]
 
 
-def _preloaded(case: Case) -> Path:
+def _preloaded(case: Case, directory: Path) -> Path:
     assert case.preload is not None
-    for folder in ("/usr/lib", f"/usr/lib/{case.target.machine}-linux-gnu", "/usr/lib64"):
+    folders = ("/usr/lib", f"/usr/lib/{case.target.machine}-linux-gnu", "/usr/lib64")
+    if case.target.release is not None:
+        folders = (str(files_of(case.target, directory).libraries),)
+    for folder in folders:
         if (Path(folder) / case.preload).exists():
             return Path(folder) / case.preload
     raise CannotMake(f"{case.name}: no {case.preload}: apt-get install {' '.join(case.packages)}")
@@ -290,10 +293,10 @@ def _kernel_writes_cores_here() -> bool:
     return pattern.startswith("core") and hard == resource.RLIM_INFINITY
 
 
-def _die_with_core(case: Case, command: list[str], work: Path, pattern: str) -> Path:
+def _die_with_core(case: Case, command: list[str], directory: Path, work: Path, pattern: str) -> Path:
     with (work / "output").open("w+") as output:
         result = subprocess.run(
-            _command_with_limits(case, command),
+            _command_with_limits(case, command, directory),
             cwd=work,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -319,7 +322,7 @@ def _gdb() -> str:
     return gdb
 
 
-def _die_under_gdb(case: Case, command: list[str], work: Path) -> Path:
+def _die_under_gdb(case: Case, command: list[str], directory: Path, work: Path) -> Path:
     """For machines whose core_pattern sends cores elsewhere."""
     made = work / "gdb.core"
     commands = [
@@ -327,7 +330,7 @@ def _die_under_gdb(case: Case, command: list[str], work: Path) -> Path:
         "set disable-randomization off",
         "set follow-fork-mode child",
         "unset environment",
-        *(f"set environment {name} {value}" for name, value in _environment(case).items()),
+        *(f"set environment {name} {value}" for name, value in _environment(case, directory).items()),
         "run",
         f"generate-core-file {made}",
         "kill",
@@ -347,10 +350,10 @@ def _die_under_gdb(case: Case, command: list[str], work: Path) -> Path:
     return made
 
 
-def _park_and_gcore(case: Case, command: list[str], work: Path) -> Path:
+def _park_and_gcore(case: Case, command: list[str], directory: Path, work: Path) -> Path:
     made = work / "gdb.core"
     with subprocess.Popen(
-        _command_with_limits(case, [*command, "end=pause"]),
+        _command_with_limits(case, [*command, "end=pause"], directory),
         cwd=work,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -34,6 +34,8 @@ class ArenaFacts:
     """
 
     index: int
+    copy: int
+    """Which copy of malloc it belongs to; 0 is the program's own."""
     address: int | None
     is_main: bool
     state: ArenaState | None
@@ -42,6 +44,8 @@ class ArenaFacts:
     brk_range: AddressRange | None
     top_bytes: int | None
     on_free_list: bool | None
+    sbrk_base: int = 0
+    """Where the main arena's first memory began (mp_), 0 where unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,43 +57,148 @@ class ArenaSurvey:
     gaps: tuple[Gap, ...]
 
 
-def survey_arenas(core: Core, found: Identification) -> ArenaSurvey:
-    """Read every arena of the ring, and arenas that only their saved sub-heaps still name."""
+def survey_arenas(core: Core, copies: tuple[Identification, ...]) -> ArenaSurvey:
+    """Read every arena of every copy's ring, and arenas that only their saved sub-heaps still name.
+
+    Arenas are numbered through: those of the first copy in the order of their ring, then the next copy's.
+    """
+    arenas: list[ArenaFacts] = []
     anomalies: list[Anomaly] = []
     gaps: list[Gap] = []
-    addresses = list(found.ring.members)
-    if not found.ring.is_closed:
-        gaps.append(
-            Gap(
-                "arena_ring_open",
-                "the ring of arenas could not be followed to its end; arenas may be missing",
+    claimed = {member for found in copies for member in found.ring.members}
+    for copy, found in enumerate(copies):
+        survey = _Survey(core, found, copy, anomalies, gaps)
+        survey.add_to(arenas, claimed)
+    return ArenaSurvey(tuple(arenas), tuple(anomalies), tuple(dict.fromkeys(gaps)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """One copy's arenas on their way into the survey of all."""
+
+    core: Core
+    found: Identification
+    copy: int
+    anomalies: list[Anomaly]
+    gaps: list[Gap]
+
+    def add_to(self, arenas: list[ArenaFacts], claimed: set[int]) -> None:
+        """Append this copy's arenas; ``claimed`` are all that some ring leads to."""
+        found = self.found
+        addresses = list(found.ring.members)
+        if not found.ring.is_closed:
+            self.gaps.append(
+                Gap(
+                    "arena_ring_open",
+                    "the ring of arenas could not be followed to its end; arenas may be missing",
+                )
             )
-        )
-        # Only then do sub-heaps that lead to unknown arenas say something: stale heap_info may lie anywhere.
-        known = set(addresses)
+            # Only then do sub-heaps that lead to unknown arenas say something: stale heap_info may lie anywhere.
+            for header in found.headers:
+                if header.ar_ptr not in claimed:
+                    claimed.add(header.ar_ptr)
+                    addresses.append(header.ar_ptr)
+        states = {address: _state(self.core, address, found.layout, self.gaps) for address in addresses}
+        headers: dict[int, dict[int, HeapInfo]] = {}
         for header in found.headers:
-            if header.ar_ptr not in known:
-                known.add(header.ar_ptr)
-                addresses.append(header.ar_ptr)
-    states = {address: _state(core, address, found.layout, gaps) for address in addresses}
-    headers: dict[int, dict[int, HeapInfo]] = {}
-    for header in found.headers:
-        headers.setdefault(header.ar_ptr, {})[header.address] = header
-    free_list = _free_list(states, found)
-    arenas: list[ArenaFacts] = []
-    if found.ring.main is None:
-        arenas.append(_main_without_state(core, found, None, gaps))
-    for address in addresses:
-        state = states[address]
-        if address == found.ring.main:
-            if state is None:
-                arenas.append(_main_without_state(core, found, address, gaps))
+            headers.setdefault(header.ar_ptr, {})[header.address] = header
+        free_list = _free_list(states, found)
+        if found.ring.main is None:
+            arenas.append(self._main_without_state(None, len(arenas)))
+        for address in addresses:
+            state, index = states[address], len(arenas)
+            if address != found.ring.main:
+                arenas.append(self._other_arena(address, state, index, headers.get(address, {}), free_list))
+            elif state is None:
+                arenas.append(self._main_without_state(address, index))
             else:
-                arenas.append(_main_arena(core, found, state, free_list, anomalies, gaps))
-        else:
-            by_header = headers.get(address, {})
-            arenas.append(_other_arena(core, found, address, state, len(arenas), by_header, free_list, anomalies, gaps))
-    return ArenaSurvey(tuple(arenas), tuple(anomalies), tuple(gaps))
+                arenas.append(self._main_arena(state, index, free_list))
+
+    def _main_arena(self, state: ArenaState, index: int, free_list: dict[int, bool]) -> ArenaFacts:
+        core, parameters = self.core, self.found.parameters
+        top_bytes = _size_at(core, state.top) if state.top else 0
+        sbrk_base = parameters.values["sbrk_base"] if parameters else 0
+        brk_range: AddressRange | None = None
+        if state.system_mem and state.is_contiguous:
+            if top_bytes is None:
+                self.gaps.append(
+                    Gap(
+                        "top_not_saved",
+                        "the main arena's top chunk is not in the core; its memory is taken from sbrk_base and system_mem",
+                        AddressRange(state.top, state.top),
+                    )
+                )
+            brk_range = _brk_range(core, state, top_bytes, sbrk_base, index, self.anomalies)
+        return ArenaFacts(
+            index,
+            self.copy,
+            state.address,
+            True,
+            state,
+            (),
+            self.found.heap_max,
+            brk_range,
+            top_bytes,
+            free_list.get(state.address),
+            sbrk_base,
+        )
+
+    def _main_without_state(self, address: int | None, index: int) -> ArenaFacts:
+        """The main arena when its malloc_state is missing: only its brk memory can still be recognised (``stretches``)."""
+        if address is None:
+            self.gaps.append(
+                Gap(
+                    "main_arena_unknown",
+                    "no saved pointer leads to main_arena: its free lists are unknown, blocks in its fastbins count as in"
+                    " use",
+                )
+            )
+        return ArenaFacts(index, self.copy, address, True, None, (), self.found.heap_max, None, None, None)
+
+    def _other_arena(
+        self,
+        address: int,
+        state: ArenaState | None,
+        index: int,
+        by_header: dict[int, HeapInfo],
+        free_list: dict[int, bool],
+    ) -> ArenaFacts:
+        core, found = self.core, self.found
+        chain = _chain(core, found, state, index, self.anomalies, self.gaps) if state is not None else {}
+        complete = state is not None and sum(heap.size for heap in chain.values()) == state.system_mem
+        if not complete:
+            chain = {**by_header, **chain}
+        elif extra := sorted(set(by_header) - set(chain)):
+            self.anomalies.append(
+                Anomaly(
+                    "sub_heap_not_linked",
+                    extra[0],
+                    "a sub-heap that names this arena in the chain from its top",
+                    f"{len(extra)} sub-heaps outside the chain",
+                    index,
+                )
+            )
+        sub_heaps = tuple(sorted(chain.values(), key=lambda heap: _age(heap, chain)))
+        total = sum(heap.size for heap in sub_heaps)
+        if state is not None and total != state.system_mem:
+            self.gaps.append(
+                Gap(
+                    "sub_heaps_missing",
+                    f"arena {index} has {state.system_mem} bytes of system_mem, its sub-heaps in the core {total}",
+                )
+            )
+        return ArenaFacts(
+            index,
+            self.copy,
+            address,
+            False,
+            state,
+            sub_heaps,
+            found.heap_max,
+            None,
+            _size_at(core, state.top) if state is not None else None,
+            free_list.get(address),
+        )
 
 
 def _state(core: Core, address: int, layout: Layout, gaps: list[Gap]) -> ArenaState | None:
@@ -123,42 +232,8 @@ def _size_at(core: Core, header: int) -> int | None:
         return None
 
 
-def _main_arena(
-    core: Core,
-    found: Identification,
-    state: ArenaState,
-    free_list: dict[int, bool],
-    anomalies: list[Anomaly],
-    gaps: list[Gap],
-) -> ArenaFacts:
-    top_bytes = _size_at(core, state.top) if state.top else 0
-    sbrk_base = found.parameters.values["sbrk_base"] if found.parameters else 0
-    brk_range: AddressRange | None = None
-    if state.system_mem and state.is_contiguous:
-        if top_bytes is None:
-            gaps.append(
-                Gap(
-                    "top_not_saved",
-                    "the main arena's top chunk is not in the core; its memory is taken from sbrk_base and system_mem",
-                    AddressRange(state.top, state.top),
-                )
-            )
-        brk_range = _brk_range(core, state, top_bytes, sbrk_base, anomalies)
-    return ArenaFacts(
-        0,
-        state.address,
-        True,
-        state,
-        (),
-        found.heap_max,
-        brk_range,
-        top_bytes,
-        free_list.get(state.address),
-    )
-
-
 def _brk_range(
-    core: Core, state: ArenaState, top_bytes: int | None, sbrk_base: int, anomalies: list[Anomaly]
+    core: Core, state: ArenaState, top_bytes: int | None, sbrk_base: int, index: int, anomalies: list[Anomaly]
 ) -> AddressRange | None:
     """The contiguous main arena's memory, which is [sbrk_base, end of top) and system_mem long; None where nothing fits.
 
@@ -176,73 +251,13 @@ def _brk_range(
                 state.address,
                 f"top to end {state.system_mem:#x} bytes (system_mem) behind sbrk_base {format_address(start)}",
                 f"top at {format_address(state.top)} of {top_bytes:#x} bytes",
-                0,
+                index,
             )
         )
     if mapped_end <= start:
         return None
     expected = start + state.system_mem
     return AddressRange(start, expected if expected <= mapped_end else mapped_end)
-
-
-def _main_without_state(core: Core, found: Identification, address: int | None, gaps: list[Gap]) -> ArenaFacts:
-    """The main arena when its malloc_state is missing: only its brk memory can still be recognised (``walk``)."""
-    if address is None:
-        gaps.append(
-            Gap(
-                "main_arena_unknown",
-                "no saved pointer leads to main_arena: its free lists are unknown, blocks in its fastbins count as in"
-                " use",
-            )
-        )
-    return ArenaFacts(0, address, True, None, (), found.heap_max, None, None, None)
-
-
-def _other_arena(
-    core: Core,
-    found: Identification,
-    address: int,
-    state: ArenaState | None,
-    index: int,
-    by_header: dict[int, HeapInfo],
-    free_list: dict[int, bool],
-    anomalies: list[Anomaly],
-    gaps: list[Gap],
-) -> ArenaFacts:
-    chain = _chain(core, found, state, index, anomalies, gaps) if state is not None else {}
-    complete = state is not None and sum(heap.size for heap in chain.values()) == state.system_mem
-    if not complete:
-        chain = {**by_header, **chain}
-    elif extra := sorted(set(by_header) - set(chain)):
-        anomalies.append(
-            Anomaly(
-                "sub_heap_not_linked",
-                extra[0],
-                "a sub-heap that names this arena in the chain from its top",
-                f"{len(extra)} sub-heaps outside the chain",
-                index,
-            )
-        )
-    sub_heaps = tuple(sorted(chain.values(), key=lambda heap: _age(heap, chain)))
-    total = sum(heap.size for heap in sub_heaps)
-    if state is not None and total != state.system_mem:
-        gaps.append(
-            Gap(
-                "sub_heaps_missing",
-                f"arena {index} has {state.system_mem} bytes of system_mem, its sub-heaps in the core {total}",
-            )
-        )
-    return ArenaFacts(
-        index,
-        address,
-        False,
-        state,
-        sub_heaps,
-        found.heap_max,
-        None,
-        _size_at(core, state.top) if state is not None else None,
-        free_list.get(address),
-    )
 
 
 def _age(heap: HeapInfo, chain: dict[int, HeapInfo]) -> tuple[int, int]:

@@ -6,46 +6,31 @@ names the winner, the runner-up, and every fact that spoke for or against.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass, field, replace
 
 from coreheap.allocators.glibc import locate
-from coreheap.allocators.glibc.layouts import GENERATIONS, WORD_CLASS_OF_MACHINE, WORD_CLASSES
-from coreheap.allocators.glibc.locate import ArenaRing, Sighting, heap_behind_program
+from coreheap.allocators.glibc.layouts import GENERATIONS, HUGE_PAGE_BYTES, WORD_CLASS_OF_MACHINE, WORD_CLASSES
+from coreheap.allocators.glibc.locate import ArenaRing, Sighting
 from coreheap.allocators.glibc.parameters import (
     Parameters,
     find_parameters,
     parameters_evidence,
 )
-from coreheap.allocators.glibc.records import (
-    ArenaState,
-    HeapInfo,
-    Layout,
-    read_arena,
-    read_tcache,
-)
-from coreheap.allocators.glibc.tcache import (
-    counts_agree,
-    is_tcache,
-    links_of_tcache,
-    may_stand_for_tcache,
-)
-from coreheap.allocators.glibc.threads import ThreadWords, find_thread_words
+from coreheap.allocators.glibc.records import HeapInfo, Layout, read_arena
+from coreheap.allocators.glibc.scoring import ARENA_ACCEPTED, arena_score, sampled, sub_heap_score, tcache_score
+from coreheap.allocators.glibc.tcache import is_tcache, wanted_tcache
+from coreheap.allocators.glibc.thread_storage import ThreadStorage
+from coreheap.allocators.glibc.threads import ThreadWords, copy_of, find_thread_words, wanted_arena
 from coreheap.allocators.glibc.version import LibcVersion, libc_version
 from coreheap.allocators.glibc.ways import Globals, evidence_for, evidence_for_layout, find_globals
-from coreheap.corefile import AddressSpace, Core
+from coreheap.corefile import Core
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Evidence, Strength
 from coreheap.quantities import format_address
 
-ARENA_ACCEPTED = 0.9
-"""Share of an arena's invariants that must hold before a place counts as an arena at all."""
-
 FIRST_CHUNK_TRUST = 0.5
 """What a tcache structure in a heap's first chunk is worth beside one that a thread's storage leads to."""
 
-ARENAS_SAMPLED = 64
 TCACHES_SAMPLED = 16
 # Weights of the parts of a generation's score; each part's share is between 0 and 1.
 WEIGHTS = {"arenas": 8.0, "sub-heaps": 4.0, "parameters": 4.0, "tcache": 4.0, "links": 2.0}
@@ -67,7 +52,6 @@ class Identification:
     runner_up: str | None
     evidence: tuple[Evidence, ...]
     libc_version: LibcVersion | None = None
-    other_copies: tuple[int, ...] = ()
 
 
 def layouts_for(core: Core) -> tuple[Layout, ...]:
@@ -81,93 +65,71 @@ def layouts_for(core: Core) -> tuple[Layout, ...]:
     )
 
 
-def arena_score(memory: AddressSpace, state: ArenaState, layout: Layout) -> float:
-    """Share of the invariants of one malloc_state that hold under a layout, between 0 and 1.
-
-    Source: malloc_init_state, sysmalloc, arena_get2 (glibc 2.12-2.44). Half of it are the 127 bins.
-    """
-    word_class = layout.word_class
-    generation = layout.generation
-    flags_allowed = 0b111 if generation.flags_hold_fastchunks else 0b010
-    if state.is_unused:
-        checks = [state.next == state.address, not state.bins.any(), not state.fastbins.any()]
-        return sum(checks) / len(checks) if all(checks) else 0.0
-    number = np.arange(1, 128, dtype=np.uint64)
-    header = np.uint64(layout.bin_header(state.address, 1)) + (number - np.uint64(1)) * np.uint64(
-        word_class.header_bytes
-    )
-    fd, bk = state.bins[0::2], state.bins[1::2]
-    empty = (fd == header) & (bk == header)
-    phase = np.uint64(word_class.granule_phase)
-    mask = np.uint64(word_class.alignment - 1)
-    linked = (
-        (fd != header)
-        & (bk != header)
-        & ((fd & mask) == phase)
-        & ((bk & mask) == phase)
-        & locate.mapped_writable(memory, fd)
-        & locate.mapped_writable(memory, bk)
-    )
-    bins_share = float((empty | linked).mean())
-    fast = state.fastbins[state.fastbins != 0]
-    top = np.array([state.top], dtype=np.uint64)
-    checks = [
-        state.mutex in (0, 1, 2),
-        state.flags & ~flags_allowed == 0,
-        state.system_mem <= state.max_system_mem,
-        state.top == layout.bin_header(state.address, 1)
-        or (
-            (state.top & (word_class.alignment - 1)) == word_class.granule_phase
-            and bool(locate.mapped_writable(memory, top)[0])
-        ),
-        state.system_mem > 0 or state.top == layout.bin_header(state.address, 1),
-        state.attached_threads is None or state.attached_threads < 1 << 20,
-        bool((((fast & mask) == phase) & locate.mapped_writable(memory, fast)).all()),
-        state.next != 0 and bool(locate.mapped_writable(memory, np.array([state.next], np.uint64))[0]),
-    ]
-    return 0.5 * bins_share + 0.5 * sum(checks) / len(checks)
-
-
-def sampled(members: tuple[int, ...]) -> tuple[int, ...]:
-    """Members of a ring, evenly spread and no more than twice ARENAS_SAMPLED: enough to judge a layout by."""
-    return members[:: max(1, len(members) // ARENAS_SAMPLED)]
-
-
 def _heap_max_candidates(layout: Layout) -> tuple[int, ...]:
     """Heap maxima to try: the default, and 4 x each huge page size that hugetlb settings allow (2.35-2.41)."""
     default = layout.word_class.default_heap_max
     if not layout.generation.heap_max_follows_hugetlb:
         return (default,)
-    return (default, 8 << 20, 4 << 30)
+    return (default, *(4 * page_bytes for page_bytes in HUGE_PAGE_BYTES))
 
 
 @dataclass(slots=True)
-class _Search:
-    """What is found once and shared by all candidate layouts."""
+class Search:
+    """What is found once and shared by all candidate layouts and copies of malloc."""
 
     core: Core
+    layouts: tuple[Layout, ...]
+    libcs: tuple[Globals, ...]
+    storage: ThreadStorage
     headers: dict[int, tuple[HeapInfo, ...]]
-    symbols: tuple[Sighting, ...]
-    mp_symbols: tuple[Sighting, ...]
+    behind: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+
+    @property
+    def symbols(self) -> tuple[Sighting, ...]:
+        """Every place that some libc names main_arena."""
+        return tuple(sighting for libc in self.libcs for sighting in libc.main_arena)
+
+    def libc_of(self, main_arena: int | None) -> Globals | None:
+        """The libc that names a place main_arena; None where none or several do."""
+        own = [libc for libc in self.libcs if any(sighting.address == main_arena for sighting in libc.main_arena)]
+        return own[0] if len(own) == 1 else None
+
+    def mp_symbols(self, main_arena: int | None) -> tuple[Sighting, ...]:
+        """Where symbols say that mp_ of an arena's own libc is; another copy's mp_ says nothing of it."""
+        libc = self.libc_of(main_arena)
+        if libc is None and len(self.libcs) == 1:
+            libc = self.libcs[0]
+        if libc is None:
+            return ()
+        return tuple(sighting for sighting in libc.parameters if sighting.evidence.strength is Strength.PROOF)
 
     def headers_for(self, layout: Layout, heap_max: int) -> tuple[HeapInfo, ...]:
         if heap_max not in self.headers:
             self.headers[heap_max] = locate.sub_heap_headers(self.core, layout, heap_max)
         return self.headers[heap_max]
 
+    def heap_behind_program(self, layout: Layout) -> list[tuple[int, int]]:
+        """As ``locate.heap_behind_program``, which walks the heap: all layouts of a word class have the same."""
+        name = layout.word_class.name
+        if name not in self.behind:
+            self.behind[name] = locate.heap_behind_program(self.core, layout)
+        return self.behind[name]
+
+
+def search_of(core: Core) -> Search:
+    """What libc itself says in a core, for all layouts that its machine may have."""
+    layouts = layouts_for(core)
+    return Search(core, layouts, find_globals(core, layouts, arena_score), ThreadStorage(core), {})
+
 
 def identify(core: Core) -> Identification | None:
     """Find the arenas and the layout that fits them best; None when nothing in the core is an arena."""
-    layouts = layouts_for(core)
-    copies = find_globals(core, layouts, arena_score)
-    search = _Search(
-        core,
-        {},
-        tuple(sighting for copy in copies for sighting in copy.main_arena),
-        tuple(
-            sighting for copy in copies for sighting in copy.parameters if sighting.evidence.strength is Strength.PROOF
-        ),
-    )
+    return best_identification(search_of(core))
+
+
+def best_identification(search: Search) -> Identification | None:
+    """As ``identify``: of several copies of malloc the one with the most arenas (``copies`` finds the others)."""
+    core, layouts = search.core, search.layouts
     candidates = [candidate for layout in layouts if (candidate := _by_symbol_or_sub_heaps(search, layout))]
     if not candidates:
         candidates = _by_scan(search, layouts)
@@ -183,6 +145,7 @@ def identify(core: Core) -> Identification | None:
             -candidate.score,
             not _names(candidate, version),
             -candidate.thread_words.tcache_hits,
+            -candidate.thread_words.tcache_damaged,
             -len(candidate.layout.tcache_chunk_bytes),
         )
     )
@@ -194,18 +157,23 @@ def identify(core: Core) -> Identification | None:
         if other.score > best.score - 1e-9 and _names(other, version) == _names(best, version)
     ]
     behind = next((other for other in candidates if other.score <= best.score - 1e-9), None)
-    return replace(
-        best,
-        alternatives=tuple(other.layout.generation.name for other in tied),
-        libc_version=version,
-        evidence=tuple(
-            dict.fromkeys((*best.evidence, *_word_of_libc(best, copies), *_version_evidence(best, version)))
-        ),
-        other_copies=_other_copies(core, best, copies),
-        runner_up=(
-            f"{behind.layout.generation.name} ({behind.score:.2f} against {best.score:.2f})" if behind else None
+    return with_words_of_libc(
+        search,
+        replace(
+            best,
+            alternatives=tuple(other.layout.generation.name for other in tied),
+            libc_version=version,
+            runner_up=(
+                f"{behind.layout.generation.name} ({behind.score:.2f} against {best.score:.2f})" if behind else None
+            ),
         ),
     )
+
+
+def with_words_of_libc(search: Search, found: Identification) -> Identification:
+    """The identification with what its libc and the version banner say of it beside its own evidence."""
+    facts = (*found.evidence, *_word_of_libc(search, found), *_version_evidence(found, found.libc_version))
+    return replace(found, evidence=tuple(dict.fromkeys(facts)))
 
 
 def _names(candidate: Identification, version: LibcVersion | None) -> bool:
@@ -215,36 +183,20 @@ def _names(candidate: Identification, version: LibcVersion | None) -> bool:
     return any(release.partition("-")[0] == version.release for release in candidate.layout.generation.releases)
 
 
-def _word_of_libc(best: Identification, copies: tuple[Globals, ...]) -> tuple[Evidence, ...]:
+def _word_of_libc(search: Search, best: Identification) -> tuple[Evidence, ...]:
     """What libc's own symbols, DWARF, relocations, initial values and code say of the places that were chosen.
 
     A way that names another place speaks against the choice, and says which place.
     """
-    own = [copy for copy in copies if any(sighting.address == best.ring.main for sighting in copy.main_arena)]
-    if best.ring.main is None or len(own) != 1:
+    libc = search.libc_of(best.ring.main)
+    if best.ring.main is None or libc is None:
         return ()
-    copy = own[0]
-    facts = list(evidence_for(copy.main_arena, best.ring.main))
+    facts = list(evidence_for(libc.main_arena, best.ring.main))
     if best.parameters is not None:
-        facts += evidence_for(copy.parameters, best.parameters.address)
-    return (*facts, *evidence_for_layout(copy.layouts, best.layout))
-
-
-def _other_copies(core: Core, best: Identification, copies: tuple[Globals, ...]) -> tuple[int, ...]:
-    """main_arena of other copies of malloc that hold memory: libc in a dlmopen namespace, libc_malloc_debug."""
-    others = []
-    for copy in copies:
-        addresses = {sighting.address for sighting in copy.main_arena}
-        if best.ring.main in addresses:
-            continue
-        for address in sorted(addresses):
-            try:
-                state = read_arena(core.memory, address, best.layout)
-            except MemoryFault:
-                continue
-            if state.system_mem and arena_score(core.memory, state, best.layout) >= ARENA_ACCEPTED:
-                others.append(address)
-    return tuple(others)
+        facts += evidence_for(libc.parameters, best.parameters.address)
+    # A malloc without tcache has every other structure of its release.
+    described = next((layout for layout in search.layouts if layout.without_tcache == best.layout), best.layout)
+    return (*facts, *evidence_for_layout(libc.layouts, described))
 
 
 def _version_evidence(best: Identification, version: LibcVersion | None) -> tuple[Evidence, ...]:
@@ -261,7 +213,7 @@ def _version_evidence(best: Identification, version: LibcVersion | None) -> tupl
     )
 
 
-def _by_symbol_or_sub_heaps(search: _Search, layout: Layout) -> Identification | None:
+def _by_symbol_or_sub_heaps(search: Search, layout: Layout) -> Identification | None:
     """The best reading of the core under one layout from its symbols and sub-heaps, None where no arena fits it."""
     best: Identification | None = None
     for heap_max in _heap_max_candidates(layout):
@@ -280,13 +232,20 @@ def _by_symbol_or_sub_heaps(search: _Search, layout: Layout) -> Identification |
                 for address in sorted(own)
             ),
         ]
-        candidate = _identification(search, layout, heap_max, headers, sightings)
-        if candidate is not None and (best is None or candidate.score > best.score):
+        candidate = identification(search, layout, heap_max, headers, sightings)
+        if candidate is not None and (best is None or _heap_max_rank(candidate) > _heap_max_rank(best)):
             best = candidate
     return best
 
 
-def _by_scan(search: _Search, layouts: tuple[Layout, ...]) -> list[Identification]:
+def _heap_max_rank(candidate: Identification) -> tuple[bool, float]:
+    """Whether mp_ says the same of the heap maximum; then the score. A multiple of a heap maximum is one of its parts, too."""
+    values = candidate.parameters.values if candidate.parameters else {}
+    default = candidate.layout.word_class.default_heap_max
+    return (4 * values.get("hp_pagesize", 0) or default) == candidate.heap_max, candidate.score
+
+
+def _by_scan(search: Search, layouts: tuple[Layout, ...]) -> list[Identification]:
     """Readings from the first stretch of writable memory that an arena is found in, libc's own data first."""
     for hits in locate.scan(search.core, layouts):
         for arenas_of in (locate.arenas_of_next_hits, locate.arenas_of_empty_bins):
@@ -295,7 +254,7 @@ def _by_scan(search: _Search, layouts: tuple[Layout, ...]) -> list[Identificatio
                 heap_max = layout.word_class.default_heap_max
                 headers = search.headers_for(layout, heap_max)
                 sightings = list(arenas_of(search.core, hits, layout))
-                candidate = _identification(search, layout, heap_max, headers, sightings)
+                candidate = identification(search, layout, heap_max, headers, sightings)
                 if candidate is not None:
                     candidates.append(candidate)
             if candidates:
@@ -303,14 +262,15 @@ def _by_scan(search: _Search, layouts: tuple[Layout, ...]) -> list[Identificatio
     return []
 
 
-def _identification(
-    search: _Search,
+def identification(
+    search: Search,
     layout: Layout,
     heap_max: int,
     headers: tuple[HeapInfo, ...],
     sightings: list[Sighting],
 ) -> Identification | None:
-    core, memory = search.core, search.core.memory
+    """The reading of the core from the best ring of arenas that the sightings lead to; None where none is accepted."""
+    memory = search.core.memory
     header_bytes = layout.word_class.header_bytes
     best_ring: ArenaRing | None = None
     best_key = (-1, False, 0.0)
@@ -348,11 +308,11 @@ def _identification(
         return None
     parts = {"arenas": best_key[2]}
     evidence = [*best_evidence, locate.describe_ring(best_ring)]
-    sub_heap_share, sub_heap_evidence = _sub_heap_score(memory, layout, best_ring, headers)
+    sub_heap_share, sub_heap_evidence = sub_heap_score(memory, layout, best_ring, headers)
     if sub_heap_share is not None:
         parts["sub-heaps"] = sub_heap_share
         evidence.append(sub_heap_evidence)
-    parameters = find_parameters(search.core, layout, best_ring, search.mp_symbols)
+    parameters = find_parameters(search.core, layout, best_ring, search.mp_symbols(best_ring.main))
     if best_ring.main is not None and score_of(best_ring.main) >= 0:
         parts["parameters"] = parameters.score if parameters else 0.0
         evidence.extend(parameters_evidence(memory, layout, best_ring, parameters))
@@ -364,13 +324,12 @@ def _identification(
     first_payloads += [
         member - layout.heap_info_bytes + layout.first_chunk_in_arena_heap + header_bytes for member in best_ring.others
     ]
-    return _with_threads(core, layout, heap_max, best_ring, headers, parameters, parts, evidence, first_payloads)
+    return _with_threads(search, layout, heap_max, best_ring, headers, parameters, parts, evidence, first_payloads)
 
 
-def _without_arenas(search: _Search, layout: Layout) -> Identification | None:
+def _without_arenas(search: Search, layout: Layout) -> Identification | None:
     """A heap of which only the main arena's chunks are in the core: its malloc_state was not saved."""
-    core = search.core
-    places = heap_behind_program(core, layout)
+    places = search.heap_behind_program(layout)
     if not places:
         return None
     start, end = places[0]
@@ -384,7 +343,7 @@ def _without_arenas(search: _Search, layout: Layout) -> Identification | None:
         Evidence("no malloc_state is in the core", "all saved memory", Strength.HINT, speaks_against=True),
     ]
     return _with_threads(
-        core,
+        search,
         layout,
         layout.word_class.default_heap_max,
         ArenaRing(None, (), False),
@@ -397,7 +356,7 @@ def _without_arenas(search: _Search, layout: Layout) -> Identification | None:
 
 
 def _with_threads(
-    core: Core,
+    search: Search,
     layout: Layout,
     heap_max: int,
     ring: ArenaRing,
@@ -412,32 +371,25 @@ def _with_threads(
     Where no thread's storage leads to a tcache, the first chunks of heaps are looked at: up to 2.41 a thread's first
     allocation makes its tcache there.
     """
-    memory = core.memory
+    memory = search.core.memory
     words = find_thread_words(
-        core,
-        ring.members,
-        lambda address: is_tcache(memory, layout, address),
-        lambda address: may_stand_for_tcache(memory, layout, address),
+        search.storage,
+        wanted_arena(ring.members, headers),
+        wanted_tcache(memory, layout),
+        copy_of(search.core, search.libcs, ring.main),
     )
-    addresses = [int(address) for address in words.tcache.tolist() if address]
+    # A place that libc names and no thread's structure bears out says nothing of the layout.
+    addresses = [int(address) for address in words.tcache.tolist() if address and words.tcache_hits]
     trust = 1.0
     if not addresses:
         trust = FIRST_CHUNK_TRUST
         addresses = [address for address in first_payloads if is_tcache(memory, layout, address)]
-    tcache_share, link_share = _tcache_score(memory, layout, addresses[:TCACHES_SAMPLED])
+    tcache_share, link_share = tcache_score(memory, layout, addresses[:TCACHES_SAMPLED])
     if tcache_share is not None:
         parts["tcache"] = trust * tcache_share
     if link_share is not None:
         parts["links"] = link_share
-    if words.arena_hits:
-        evidence.append(
-            Evidence(
-                f"the word at thread pointer {words.arena_offset:+#x} is an arena in {words.arena_hits} of"
-                f" {int(words.known.sum())} threads and 0 in the others",
-                "thread-local storage",
-                Strength.SOLID,
-            )
-        )
+    evidence.extend(words.evidence)
     # A part that a layout lacks counts nothing: a newer layout that finds a tcache gains over one that knows none.
     return Identification(
         layout=layout,
@@ -451,54 +403,4 @@ def _with_threads(
         alternatives=(),
         runner_up=None,
         evidence=tuple(evidence),
-    )
-
-
-def _sub_heap_score(
-    memory: AddressSpace, layout: Layout, ring: ArenaRing, headers: tuple[HeapInfo, ...]
-) -> tuple[float | None, Evidence]:
-    """Share of non-main arenas that lie right behind a heap_info and whose sub-heaps add up to system_mem, to the byte.
-
-    None without such arenas.
-    """
-    committed: dict[int, int] = {}
-    for header in headers:
-        committed[header.ar_ptr] = committed.get(header.ar_ptr, 0) + header.size
-    places = {header.address + layout.heap_info_bytes for header in headers}
-    system_mem_offset = layout.state.offset("system_mem")
-    held = asked = 0
-    for address in ring.others:
-        try:
-            system_mem = memory.read_word(address + system_mem_offset)
-        except MemoryFault:
-            continue
-        asked += 1
-        held += address in places and committed.get(address) == system_mem
-    evidence = Evidence(
-        f"sub-heap sizes add up to system_mem, to the byte, in {held} of {asked} arenas",
-        "sub-heap headers",
-        Strength.PROOF if held == asked else Strength.HINT,
-        speaks_against=held < asked,
-    )
-    return (held / asked if asked else None), evidence
-
-
-def _tcache_score(memory: AddressSpace, layout: Layout, addresses: list[int]) -> tuple[float | None, float | None]:
-    """How well tcache structures fit (counts against lists) and how well links decode; None where there is nothing to ask."""
-    if layout.tcache is None or not addresses:
-        return None, None
-    held = asked = link_held = link_asked = 0
-    for address in addresses:
-        try:
-            state = read_tcache(memory, address, layout)
-        except MemoryFault:
-            continue
-        asked += 1
-        held += counts_agree(layout, state)
-        good, seen = links_of_tcache(memory, layout, state.entries, address)
-        link_held += good
-        link_asked += seen
-    return (
-        held / asked if asked else None,
-        link_held / link_asked if link_asked else None,
     )

@@ -84,6 +84,10 @@ WORD_CLASSES = {
     ),
 }
 
+HUGE_PAGE_BYTES = (2 << 20, 4 << 20, 32 << 20, 512 << 20, 1 << 30)
+"""What glibc.malloc.hugetlb can make heaps of: x86-64 has pages of 2 MiB and 1 GiB, i386 of 2 or 4 MiB, aarch64 by its page
+size of 2 MiB, 32 MiB and 1 GiB, or of 2 MiB and 512 MiB."""
+
 WORD_CLASS_OF_MACHINE = {"x86_64": "64", "aarch64": "64"}
 """Machines whose word class is the same in all releases; i386's is the generation's."""
 
@@ -132,6 +136,11 @@ MALLOC_PAR = {
     "2.44": (
         f"{_THRESHOLDS} {_ARENA_LIMITS} thp_mode:int {_HUGE_PAGES} {_MMAP_COUNTS} {_MMAPPED} sbrk_base:word {_TCACHE}"
     ),
+}
+
+# libc_malloc_debug.so (2.34+) has its own malloc, built without tcache: its mp_ ends before the tcache's fields.
+MALLOC_PAR |= {
+    f"{name} without tcache": row.partition(f" {_TCACHE}")[0] for name, row in MALLOC_PAR.items() if _TCACHE in row
 }
 
 # The pad keeps the first chunk of a sub-heap aligned; its size follows from sizeof (``structures``).
@@ -291,6 +300,7 @@ GENERATIONS = (
         tcache="2.42",
         tcache_key=TcacheKey.RANDOM_WORD,
         tcache_counts_free_slots=True,
+        tcache_may_count_from_one_less=True,  # the tag
         safe_linking=True,
         next_is_static=True,
     ),
@@ -309,6 +319,9 @@ GENERATIONS = (
         next_is_static=True,
         mmapped_trailer_words=2,
         mmapped_mem_drifts=True,
+        # Measured with 2.43 and 2.44 on x86-64 under every mode of the kernel and every value of glibc.malloc.hugetlb.
+        thp_modes_with_pagesize=(0, 1),
+        thp_modes_without_pagesize=(2, 3),
     ),
     Generation(
         name="glibc 2.44",
@@ -325,5 +338,7 @@ GENERATIONS = (
         mmapped_trailer_words=2,
         mmapped_mem_drifts=True,
         arena_limit="cpus",
+        thp_modes_with_pagesize=(2, 3),
+        thp_modes_without_pagesize=(0, 1, 4),
     ),
 )

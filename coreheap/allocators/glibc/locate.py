@@ -40,8 +40,16 @@ PLACES_BEHIND_PROGRAM = 2
 CHUNKS_THAT_PROVE = 16
 """Consistent chunks from the first byte of a mapping on that make it a heap."""
 
+RUNS_TRIED_IN_FULL = 4
+"""Of so many runs of empty bins every bin may be the first; each costs 127 looks at a malloc_state."""
 SELF_PAIR_RUN = 8
 """Empty bins in a row that make a place worth a look; a heap of any size leaves most of the 63 large bins empty."""
+
+BSS_REACH = 1 << 20
+"""Bytes of a module's bss that are looked at: libc's has 0x28c8 to 0xd770 in fifteen Debian libraries."""
+
+SCANNED_WITHOUT_FILES = 1 << 28
+"""Bytes that are scanned for other copies of malloc in a core that does not tell which memory is a file's."""
 
 CANDIDATE_LIMIT = 4096
 """Places a scan may hand on. More means a hostile core; the strongest routes do not scan."""
@@ -166,12 +174,46 @@ def scan(core: Core, layouts: Iterable[Layout]) -> Iterator[ArenaCandidates]:
     A lone main_arena's ``next`` points to its own start: the distance is offsetof(malloc_state, next). An empty bin's
     two words both point 2 * SIZE_SZ before themselves.
     """
-    deltas = np.array(sorted({layout.state.offset("next") for layout in layouts}), dtype=np.uint64)
+    return _scan_ranges(core, layouts, _scan_order(core))
+
+
+def scan_module_data(core: Core, layout: Layout, excluded: list[tuple[int, int]]) -> Iterator[ArenaCandidates]:
+    """As ``scan``, only where libraries and programs have their globals: a main_arena is one.
+
+    A core that does not tell files has these anywhere: all of its writable memory is looked at but the ``excluded`` ranges,
+    the smallest mappings first, SCANNED_WITHOUT_FILES bytes at most.
+    """
     memory = core.memory
-    for start, end in _scan_order(core):
-        for run_start, run_end in memory.saved_runs_within(start, end):
+    writable = (memory.region_flags & WRITABLE) != 0
+    is_file = memory.region_file_index >= 0
+    if not is_file.any():
+        return _scan_ranges(core, [layout], _smallest_first(anonymous_ranges(core, excluded)))
+    follows = np.zeros(len(writable), bool)
+    # A module's bss is the anonymous memory that directly follows its data (main_arena's place up to 2.14).
+    follows[1:] = ~is_file[1:] & (is_file & writable)[:-1] & (memory.region_start[1:] == memory.region_end[:-1])
+    chosen = np.flatnonzero(writable & (is_file | follows))
+    starts = memory.region_start[chosen]
+    ends = np.where(is_file[chosen], memory.region_end[chosen], starts + np.uint64(BSS_REACH))
+    ends = np.minimum(ends, memory.region_end[chosen])
+    return _scan_ranges(core, [layout], list(zip(starts.tolist(), ends.tolist(), strict=True)))
+
+
+def _smallest_first(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    chosen, total = [], 0
+    for start, end in sorted(ranges, key=lambda place: place[1] - place[0]):
+        total += end - start
+        if total > SCANNED_WITHOUT_FILES:
+            break
+        chosen.append((start, end))
+    return chosen
+
+
+def _scan_ranges(core: Core, layouts: Iterable[Layout], ranges: list[tuple[int, int]]) -> Iterator[ArenaCandidates]:
+    deltas = np.array(sorted({layout.state.offset("next") for layout in layouts}), dtype=np.uint64)
+    for start, end in ranges:
+        for run_start, run_end in core.memory.saved_runs_within(start, end):
             hits = find_arena_candidates(
-                memory.view(run_start, run_end),
+                core.memory.view(run_start, run_end),
                 run_start,
                 core.word_bytes,
                 deltas,
@@ -203,11 +245,20 @@ def arenas_of_next_hits(core: Core, hits: ArenaCandidates, layout: Layout) -> It
 
 
 def arenas_of_empty_bins(core: Core, hits: ArenaCandidates, layout: Layout) -> Iterator[Sighting]:
-    """Arenas around runs of empty bins, for rings whose other members are not in the core."""
-    for first in _runs_of_pairs(hits.self_pairs, 2 * core.word_bytes):
-        # The run may begin at any bin, because lower bins may be in use.
-        for number in range(1, BIN_COUNT + 1):
-            address = first - layout.state.offset("bins") - 2 * core.word_bytes * (number - 1)
+    """Arenas around runs of empty bins, for rings whose other members are not in the core.
+
+    Bin 127 is never used, so a run normally ends with it; only around the longest runs every other place is tried.
+    """
+    bin_bytes = 2 * core.word_bytes
+    runs = _runs_of_pairs(hits.self_pairs, bin_bytes)
+    longest = set(sorted(runs, key=lambda run: run[0] - run[1])[:RUNS_TRIED_IN_FULL])
+    for run in runs:
+        first, end = run
+        numbers = [BIN_COUNT + 1 - (end - first) // bin_bytes]
+        if run in longest:
+            numbers += range(1, BIN_COUNT + 1)
+        for number in dict.fromkeys(numbers):
+            address = first - layout.state.offset("bins") - bin_bytes * (number - 1)
             yield Sighting(
                 address,
                 Evidence(
@@ -219,14 +270,15 @@ def arenas_of_empty_bins(core: Core, hits: ArenaCandidates, layout: Layout) -> I
             )
 
 
-def _runs_of_pairs(pairs: UInt64s, step: int) -> list[int]:
-    """First address of each run of at least SELF_PAIR_RUN pairs that follow each other directly."""
+def _runs_of_pairs(pairs: UInt64s, step: int) -> list[tuple[int, int]]:
+    """Start and end of each run of at least SELF_PAIR_RUN pairs that follow each other directly."""
     if not len(pairs):
         return []
     breaks = np.flatnonzero(np.diff(pairs) != step) + 1
     edges = np.concatenate(([0], breaks, [len(pairs)]))
-    lengths = np.diff(edges)
-    return [int(pairs[edge]) for edge in edges[:-1][lengths >= SELF_PAIR_RUN]]
+    firsts = edges[:-1][np.diff(edges) >= SELF_PAIR_RUN]
+    lasts = edges[1:][np.diff(edges) >= SELF_PAIR_RUN] - 1
+    return [(int(pairs[first]), int(pairs[last]) + step) for first, last in zip(firsts, lasts, strict=True)]
 
 
 def joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:

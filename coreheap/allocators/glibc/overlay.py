@@ -24,11 +24,14 @@ from coreheap.kernels import (
     ListKind,
     MemoryMap,
     OverlayOutcome,
+    chunk_extents,
+    find_chunks,
     overlay_free_lists,
 )
 from coreheap.quantities import AddressRange, format_address
 
 FIRST_LARGE_BIN = 64
+TCACHE_SMALL_BINS = 64
 MOST_CACHED = 1 << 16
 """More blocks than a tcache bin can count."""
 
@@ -154,11 +157,15 @@ class Overlay:
                     columns.add(head, ChunkState.FASTBIN, size, size, 0, -1, (arena.index, None, number))
         self._follow(columns, ListKind.SINGLY_HEADER, self.layout.generation.safe_linking)
 
-    def tcaches(self, caches: list[Cache], tcache_count: int | None) -> None:
-        """The lists of every tcache; ``tcache_count`` is mp_'s, which tells used slots from free ones (2.42+)."""
+    def tcaches(self, caches: list[Cache], tcache_count: int | None, first_number: int = 0) -> None:
+        """The lists of every tcache; ``tcache_count`` is mp_'s, which tells used slots from free ones (2.42+).
+
+        The caches are numbered from ``first_number`` on.
+        """
         columns = ListColumns.empty()
-        for number, cache in enumerate(caches):
-            low, high = tcache_bin_sizes(len(cache.state.entries), self.layout.word_class)
+        counted_from_one_less = self._tcaches_count_from_one_less(caches)
+        for number, cache in enumerate(caches, first_number):
+            low, high = tcache_bin_sizes(len(cache.state.entries), self.layout.word_class, counted_from_one_less)
             for bin_number in np.flatnonzero(cache.state.entries).tolist():
                 count = int(cache.state.counts[bin_number])
                 if self.layout.generation.tcache_counts_free_slots:
@@ -174,6 +181,23 @@ class Overlay:
                     (None, number, bin_number),
                 )
         self._follow(columns, ListKind.SINGLY_PAYLOAD, self.layout.generation.safe_linking)
+
+    def _tcaches_count_from_one_less(self, caches: list[Cache]) -> bool:
+        """Which of a generation's two numberings of large tcache bins more of the first blocks in them fit."""
+        if not self.layout.generation.tcache_may_count_from_one_less or not caches:
+            return False
+        entries = np.array([cache.state.entries for cache in caches])
+        entries[:, :TCACHE_SMALL_BINS] = 0
+        number = np.nonzero(entries)[1]
+        headers = entries[entries != 0] - np.uint64(self.geometry.header_bytes)
+        chunks = find_chunks(self.index, headers, True)
+        number, chunks = number[chunks >= 0], chunks[chunks >= 0]
+        sizes = chunk_extents(self.index, chunks)[1].astype(np.int64)
+        fits = {}
+        for counted_so in (False, True):
+            low, high = tcache_bin_sizes(entries.shape[1], self.layout.word_class, counted_so)
+            fits[counted_so] = int(((low[number] <= sizes) & (sizes <= high[number])).sum())
+        return fits[True] > fits[False]
 
     def _follow(self, columns: ListColumns, kind: ListKind, safe_linking: bool) -> None:
         if not columns.heads:

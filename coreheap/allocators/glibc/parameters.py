@@ -137,7 +137,11 @@ def _score_places(
             size = values(name)
             checks.append((1, (size & (size - np.uint64(1)) * (size > 0)) == 0))
     if "thp_mode" in fields:
-        checks.append((1, values("thp_mode") <= 4))
+        # Tells 2.43 from 2.44, whose heaps are alike otherwise.
+        mode, generation = values("thp_mode"), layout.generation
+        with_pages = np.isin(mode, np.array(generation.thp_modes_with_pagesize, np.uint64))
+        without_pages = np.isin(mode, np.array(generation.thp_modes_without_pagesize, np.uint64))
+        checks.append((2, np.where(values("thp_pagesize") > 0, with_pages, without_pages)))
     if "pagesize" in fields:
         checks.append((2, values("pagesize") == page))
     total = sum(weight for weight, _ in checks)

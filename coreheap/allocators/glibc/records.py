@@ -5,7 +5,7 @@ Knows: how to decode a structure whose offsets are given. Does not know which la
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from coreheap.allocators.glibc.layouts import (
 from coreheap.allocators.glibc.structures import (
     Generation,
     Structure,
+    TcacheKey,
     WordClass,
     heap_info_bytes,
     structure,
@@ -81,6 +82,23 @@ class Layout:
             asked.append(word_class.chunk_bytes_for(asked[0]))
         surplus = range(0, word_class.minimum_chunk_bytes, word_class.alignment)
         return tuple(sorted({size + more for size in asked for more in surplus}))
+
+    @property
+    def without_tcache(self) -> Layout:
+        """The same release's malloc as libc_malloc_debug has it; itself before 2.26."""
+        row = self.generation
+        if row.tcache is None:
+            return self
+        without = replace(
+            row,
+            malloc_par=f"{row.malloc_par} without tcache",
+            tcache=None,
+            tcache_key=TcacheKey.NONE,
+            tcache_counts_free_slots=False,
+            tcache_may_be_padded_twice=False,
+            tcache_is_never_null=False,
+        )
+        return Layout(without, self.word_class)
 
     @property
     def first_chunk_in_arena_heap(self) -> int:

@@ -86,6 +86,9 @@ class Generation:
 
     ``arena_limit``: ``per_cpu`` (arenas_per_cpu x CPUs once arena_test is passed), ``cpus`` (2.44: max(CPUs,
     arena_test)) or ``none``. ``i386_word_class``: MALLOC_ALIGNMENT on i386 was 8 up to 2.25. ``mmapped_trailer_words``: words of an mmapped chunk's mapping that its size leaves out.
+    ``tcache_may_count_from_one_less``: some of its releases number large tcache bins in another way (``tcache_bin_sizes``).
+    ``thp_modes_with_pagesize``: values of mp_.thp_mode with which thp_pagesize is set, and the others; 2.44 has numbered
+    them anew.
     """
 
     name: str
@@ -96,6 +99,7 @@ class Generation:
     tcache: str | None = None
     tcache_key: TcacheKey = TcacheKey.NONE
     tcache_counts_free_slots: bool = False
+    tcache_may_count_from_one_less: bool = False
     tcache_may_be_padded_twice: bool = False
     tcache_is_never_null: bool = False
     safe_linking: bool = False
@@ -105,6 +109,8 @@ class Generation:
     mmapped_trailer_words: int = 0
     mmapped_mem_drifts: bool = False
     arena_limit: str = "per_cpu"
+    thp_modes_with_pagesize: tuple[int, ...] = ()
+    thp_modes_without_pagesize: tuple[int, ...] = ()
     i386_word_class: str = "32a16"
 
 
@@ -193,19 +199,22 @@ def bin_numbers(word_class: WordClass) -> tuple[npt.NDArray[np.int64], npt.NDArr
 
 
 @cache
-def tcache_bin_sizes(bin_count: int, word_class: WordClass) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def tcache_bin_sizes(
+    bin_count: int, word_class: WordClass, counted_from_one_less: bool = False
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Lowest and highest chunk size of each tcache bin, int64[bin_count] each.
 
     The 64 small bins hold one size each. A large bin (2.42+, used when tcache_max was raised) covers one power of two,
-    the first what the small ones leave of theirs. The 2.42 tag on 32a16 counts large bins one later than its branch.
+    the first what the small ones leave of theirs. ``counted_from_one_less``: the 2.42 tag takes the power of two of the
+    size before the largest small one; only on 32a16 that is another, and its first large bin stays empty (lowest > highest).
     """
     lowest = word_class.minimum_chunk_bytes + word_class.alignment * np.arange(bin_count, dtype=np.int64)
     highest = lowest.copy()
     if bin_count > 64:
-        first = int(lowest[63]).bit_length()
+        largest_small = int(lowest[63])
+        first = (largest_small - (word_class.alignment if counted_from_one_less else 0)).bit_length()
         for number in range(64, bin_count):
             power = first + number - 64
-            lowest[number] = 1 << (power - 1)
+            lowest[number] = max(1 << (power - 1), largest_small + word_class.alignment)
             highest[number] = (1 << power) - 1
-        lowest[64] = highest[63] + word_class.alignment
     return lowest, highest

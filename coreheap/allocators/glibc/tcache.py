@@ -6,20 +6,26 @@ cached blocks are in the chunk index (``overlay``).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from coreheap.allocators.glibc.gathering import Bools, UInt64s, columns_at, words_at
 from coreheap.allocators.glibc.locate import mapped_writable
 from coreheap.allocators.glibc.records import Layout, TcacheState, read_tcache
 from coreheap.allocators.glibc.structures import TcacheKey
+from coreheap.allocators.glibc.thread_storage import Wanted
 from coreheap.corefile import AddressSpace, Core
 from coreheap.errors import MemoryFault
 from coreheap.heap import ChunkTable
 from coreheap.kernels import ChunkState
 
+Int64s = npt.NDArray[np.int64]
+
 TCACHES_BY_STRUCTURE_LIMIT = 1 << 16
+"""tcache structures that are told without a thread; each becomes an object."""
 ROWS_AT_ONCE = 1 << 12
 TCACHE_NODES_SAMPLED = 64
 
@@ -33,40 +39,68 @@ class Cache:
     state: TcacheState
 
 
-def has_tcache_size(memory: AddressSpace, layout: Layout, address: int) -> bool:
-    """Whether there is a chunk of a tcache structure's size at a payload address."""
+def have_tcache_size(memory: AddressSpace, layout: Layout, addresses: UInt64s) -> Bools:
+    """For each payload address, whether there is a chunk of a tcache structure's size; bool[n]."""
     word_class = layout.word_class
-    sizes = layout.tcache_chunk_bytes
-    if not sizes or address % word_class.alignment:
-        return False
-    if not bool(mapped_writable(memory, np.array([address], dtype=np.uint64))[0]):
-        return False
-    try:
-        size_word = memory.read_word(address - word_class.word_bytes)
-    except MemoryFault:
-        return False
-    return size_word & ~7 in sizes and not size_word & 2
+    fits: Bools = (addresses % np.uint64(word_class.alignment) == 0) & mapped_writable(memory, addresses)
+    fits &= addresses >= np.uint64(word_class.header_bytes)
+    size_word, saved = words_at(memory, addresses[fits] - np.uint64(word_class.word_bytes))
+    sizes = np.array(layout.tcache_chunk_bytes, np.uint64)
+    fits[fits] = saved & np.isin(size_word & ~np.uint64(7), sizes) & (size_word & np.uint64(2) == 0)
+    return fits
+
+
+def has_tcache_size(memory: AddressSpace, layout: Layout, address: int) -> bool:
+    """As ``have_tcache_size``, for one."""
+    return bool(have_tcache_size(memory, layout, np.array([address], np.uint64))[0])
+
+
+def are_tcaches(memory: AddressSpace, layout: Layout, addresses: UInt64s) -> Bools:
+    """For each payload address, whether a tcache structure may be there: its chunk's size, and counts that agree with the
+    lists; bool[n]."""
+    fits = have_tcache_size(memory, layout, addresses)
+    rows = np.flatnonzero(fits)
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        some = rows[first : first + ROWS_AT_ONCE]
+        counts, entries, saved = _lists_at(memory, layout, addresses[some])
+        fits[some] = saved & _counts_agree(layout, counts, entries)
+    return fits
 
 
 def is_tcache(memory: AddressSpace, layout: Layout, address: int) -> bool:
-    """Whether a tcache structure may be at a payload address: its chunk's size, and counts that agree with the lists."""
-    if not has_tcache_size(memory, layout, address):
-        return False
-    try:
-        return counts_agree(layout, read_tcache(memory, address, layout))
-    except MemoryFault:
-        return False
+    """As ``are_tcaches``, for one."""
+    return bool(are_tcaches(memory, layout, np.array([address], np.uint64))[0])
 
 
-def may_stand_for_tcache(memory: AddressSpace, layout: Layout, address: int) -> bool:
-    """Whether a thread's tcache pointer may have this value though no sound structure is there.
+def wanted_tcache(memory: AddressSpace, layout: Layout) -> Wanted | None:
+    """What a thread's tcache pointer leads to under a layout; None where the layout has no tcache.
 
-    From 2.43 it leads to a dummy in read-only memory until the first free; a structure may be damaged.
+    From 2.43 it leads to a dummy in read-only memory until the first free.
     """
-    is_writable = bool(mapped_writable(memory, np.array([address], dtype=np.uint64))[0])
-    if layout.generation.tcache_is_never_null and memory.region_index(address) is not None and not is_writable:
-        return True
-    return has_tcache_size(memory, layout, address)
+    if layout.tcache is None:
+        return None
+
+    def is_dummy(addresses: UInt64s) -> Bools:
+        if layout.generation.tcache_is_never_null:
+            return mapped_read_only(memory, addresses)
+        return np.zeros(len(addresses), np.bool_)
+
+    return Wanted(
+        "a tcache",
+        lambda addresses: are_tcaches(memory, layout, addresses),
+        lambda addresses: have_tcache_size(memory, layout, addresses),
+        is_dummy,
+    )
+
+
+def mapped_read_only(memory: AddressSpace, addresses: UInt64s) -> Bools:
+    """For each address whether it lies in a region of the process that cannot be written; bool[n]."""
+    position = np.searchsorted(memory.region_start, addresses, side="right") - 1
+    mapped: Bools = position >= 0
+    if len(memory.region_start):
+        mapped &= addresses < memory.region_end[np.maximum(position, 0)]
+    mapped &= ~mapped_writable(memory, addresses)
+    return mapped
 
 
 def counts_agree(layout: Layout, state: TcacheState) -> bool:
@@ -75,47 +109,66 @@ def counts_agree(layout: Layout, state: TcacheState) -> bool:
     Up to 2.41 a count is 0 exactly where the list is empty. From 2.42 empty lists have all slots free, which is the
     most that any count says, and lists with blocks have fewer.
     """
-    has_entry = state.entries != 0
-    aligned = bool((state.entries % np.uint64(layout.word_class.alignment) == 0).all())
+    return bool(_counts_agree(layout, state.counts[None, :], state.entries[None, :])[0])
+
+
+def _counts_agree(layout: Layout, counts: UInt64s, entries: UInt64s) -> Bools:
+    """As ``counts_agree``, for each row."""
+    has_entry = entries != 0
+    fits: Bools = (entries % np.uint64(layout.word_class.alignment) == 0).all(axis=1)
     if not layout.generation.tcache_counts_free_slots:
-        return aligned and bool(((state.counts > 0) == has_entry).all())
-    most = int(state.counts.max())
-    return (
-        aligned
-        and (most > 0 or bool(has_entry.all()))
-        and bool((has_entry | (state.counts == most)).all())
-        and not bool((has_entry & (state.counts == most)).any() and not has_entry.all())
-    )
+        fits &= ((counts > 0) == has_entry).all(axis=1)
+        return fits
+    most = counts.max(axis=1)
+    is_full = counts == most[:, None]
+    all_used = has_entry.all(axis=1)
+    fits &= (most > 0) | all_used
+    fits &= (has_entry | is_full).all(axis=1)
+    fits &= ~(has_entry & is_full).any(axis=1) | all_used
+    return fits
 
 
-def links_of_tcache(
-    memory: AddressSpace, layout: Layout, entries: npt.NDArray[np.uint64], owner: int
-) -> tuple[int, int]:
+def _lists_at(memory: AddressSpace, layout: Layout, addresses: UInt64s) -> tuple[UInt64s, UInt64s, Bools]:
+    """counts and entries of the tcache structure at each payload address, uint64[n, bins], and whether it was saved."""
+    fields = layout.tcache
+    if fields is None:
+        nothing = np.zeros((len(addresses), 0), np.uint64)
+        return nothing, nothing, np.zeros(len(addresses), np.bool_)
+    (counts, entries), saved = columns_at(memory, addresses, fields, ("counts", "entries"))
+    return counts, entries, saved
+
+
+def links_of_tcache(memory: AddressSpace, layout: Layout, entries: UInt64s, owner: int) -> tuple[int, int]:
     """Of the first nodes of each list: how many next pointers decode to aligned memory (or the end), and how many were read."""
-    word_class, good, seen = layout.word_class, 0, 0
-    key = layout.generation.tcache_key
-    for head in entries[entries != 0].tolist():
-        node, steps = int(head), 0
-        while node and steps < TCACHE_NODES_SAMPLED:
-            steps += 1
-            try:
-                stored = memory.read_word(node)
-                second = memory.read_word(node + word_class.word_bytes)
-            except MemoryFault:
-                break
-            following = stored ^ (node >> 12) if layout.generation.safe_linking else stored
-            seen += 1
-            fits = following % word_class.alignment == 0 and (
-                following == 0 or bool(mapped_writable(memory, np.array([following], np.uint64))[0])
-            )
-            if key is TcacheKey.STRUCT_ADDRESS:
-                fits = fits and second == owner
-            elif key is TcacheKey.RANDOM_WORD:
-                fits = fits and second != owner
-            good += fits
-            if not fits:
-                break
-            node = following
+    good, seen = _links_of(memory, layout, entries[None, :], np.array([owner], np.uint64))
+    return int(good[0]), int(seen[0])
+
+
+def _links_of(memory: AddressSpace, layout: Layout, entries: UInt64s, owners: UInt64s) -> tuple[Int64s, Int64s]:
+    """As ``links_of_tcache`` for each row of list heads; all lists are followed in step, each up to its first bad link."""
+    word_class, key = layout.word_class, layout.generation.tcache_key
+    good, seen = np.zeros(len(entries), np.int64), np.zeros(len(entries), np.int64)
+    row, column = np.nonzero(entries)
+    node = entries[row, column]
+    for _ in range(TCACHE_NODES_SAMPLED):
+        if not len(node):
+            break
+        stored, first_saved = words_at(memory, node)
+        second, second_saved = words_at(memory, node + np.uint64(word_class.word_bytes))
+        saved = first_saved & second_saved
+        row, node, stored, second = row[saved], node[saved], stored[saved], second[saved]
+        following = stored ^ (node >> np.uint64(12)) if layout.generation.safe_linking else stored
+        fits = (following % np.uint64(word_class.alignment) == 0) & (
+            (following == 0) | mapped_writable(memory, following)
+        )
+        if key is TcacheKey.STRUCT_ADDRESS:
+            fits &= second == owners[row]
+        else:  # user data or a random word: no release writes the structure's address there
+            fits &= second != owners[row]
+        seen += np.bincount(row, minlength=len(entries))
+        good += np.bincount(row[fits], minlength=len(entries))
+        goes_on = fits & (following != 0)
+        row, node = row[goes_on], following[goes_on]
     return good, seen
 
 
@@ -146,54 +199,37 @@ def caches_by_structure(core: Core, layout: Layout, chunks: ChunkTable) -> list[
 
     Only those that hold blocks: their lists prove them. An empty one looks like any zeroed block of its size.
     """
+    memory = core.memory
     caches: list[Cache] = []
-    sizes = np.array(layout.tcache_chunk_bytes, np.uint64)
-    for batch in chunks.batches():
-        if batch.is_mmapped:
-            continue
-        fits = np.isin(batch.chunk_bytes, sizes) & (batch.state == ChunkState.IN_USE)
-        for address in _with_lists(core.memory, layout, batch.payload_address[fits]).tolist():
-            cache = cache_at(core, layout, address, None)
-            if cache is None:
-                continue
-            good, seen = links_of_tcache(core.memory, layout, cache.state.entries, address)
-            if good == seen:
-                caches.append(cache)
-            if len(caches) >= TCACHES_BY_STRUCTURE_LIMIT:
-                return caches
+    for addresses in _chunks_of_tcache_size(layout, chunks):
+        counts, entries, saved = _lists_at(memory, layout, addresses)
+        # Most blocks of this size are a program's, and most of those do not get past this.
+        proven = saved & entries.any(axis=1) & _counts_agree(layout, counts, entries)
+        proven[proven] = have_tcache_size(memory, layout, addresses[proven])
+        good, seen = _links_of(memory, layout, entries[proven], addresses[proven])
+        proven[proven] = good == seen
+        for row in np.flatnonzero(proven)[: TCACHES_BY_STRUCTURE_LIMIT - len(caches)].tolist():
+            address = int(addresses[row])
+            caches.append(Cache(address, None, TcacheState(address, counts[row].copy(), entries[row].copy())))
     return caches
 
 
-def possible_tcaches(core: Core, layout: Layout, chunks: ChunkTable) -> npt.NDArray[np.uint64]:
+def possible_tcaches(core: Core, layout: Layout, chunks: ChunkTable) -> UInt64s:
     """Payload addresses of all chunks in use that may hold a tcache structure, empty ones included."""
-    sizes = np.array(layout.tcache_chunk_bytes, np.uint64)
     found = [np.zeros(0, np.uint64)]
+    for addresses in _chunks_of_tcache_size(layout, chunks):
+        found.append(addresses[are_tcaches(core.memory, layout, addresses)])
+    return np.concatenate(found)
+
+
+def _chunks_of_tcache_size(layout: Layout, chunks: ChunkTable) -> Iterator[UInt64s]:
+    """Payload addresses of the chunks in use that have a tcache structure's size, at most ROWS_AT_ONCE at a time."""
+    sizes = np.array(layout.tcache_chunk_bytes, np.uint64)
+    if not len(sizes):
+        return
     for batch in chunks.batches():
-        if not batch.is_mmapped:
-            fits = np.isin(batch.chunk_bytes, sizes) & (batch.state == ChunkState.IN_USE)
-            found.append(batch.payload_address[fits])
-    addresses = np.concatenate(found)[:TCACHES_BY_STRUCTURE_LIMIT]
-    return np.array([address for address in addresses.tolist() if is_tcache(core.memory, layout, address)], np.uint64)
-
-
-def _with_lists(memory: AddressSpace, layout: Layout, addresses: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Those payload addresses at which every word where a tcache has a list head is 0 or a possible pointer, and not all 0.
-
-    A program may have any number of blocks of a tcache structure's size; most of them do not get past this.
-    """
-    fields = layout.tcache
-    if fields is None or not len(addresses):
-        return addresses[:0]
-    entries = fields.fields["entries"]
-    run = np.searchsorted(memory.run_start, addresses, side="right") - 1
-    saved = (run >= 0) & (addresses + np.uint64(fields.byte_count) <= memory.run_end[np.maximum(run, 0)])
-    addresses, run = addresses[saved], run[saved]
-    offset = (addresses - memory.run_start[run] + memory.run_file_offset[run]).astype(np.int64)
-    kept = [addresses[:0]]
-    columns = entries.offset + np.arange(entries.count * entries.element_bytes)
-    for first in range(0, len(addresses), ROWS_AT_ONCE):
-        rows = slice(first, first + ROWS_AT_ONCE)
-        words = memory.file[offset[rows, None] + columns].view(f"<u{entries.element_bytes}")
-        aligned = (words % layout.word_class.alignment == 0).all(axis=1)
-        kept.append(addresses[rows][aligned & words.any(axis=1)])
-    return np.concatenate(kept)
+        if batch.is_mmapped:
+            continue
+        addresses = batch.payload_address[np.isin(batch.chunk_bytes, sizes) & (batch.state == ChunkState.IN_USE)]
+        for first in range(0, len(addresses), ROWS_AT_ONCE):
+            yield addresses[first : first + ROWS_AT_ONCE]

@@ -46,4 +46,4 @@ def _read_only_data(core: Core, module: Module) -> Iterator[tuple[memoryview | b
         for run_start, run_end in core.memory.saved_runs_within(start, end):
             yield core.memory.view(run_start, run_end).data, f"memory of {module.name}"
     if module.file is not None:
-        yield module.file.read_bytes(), f"file of {module.name} with the same build-id"
+        yield module.file.read_bytes(), f"file of {module.file_title} with the same build-id"

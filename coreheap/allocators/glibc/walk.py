@@ -1,7 +1,7 @@
 """From arenas to chunks: walks every stretch of heap memory and collects the chunk index.
 
-Knows: where an arena's chunks lie, how a walk goes on behind fenceposts, damage and unsaved memory. Does not know:
-free lists (``overlay``), or how the arenas were found (``identify``).
+Knows: how a walk goes on behind fenceposts, damage and unsaved memory. Does not know: where an arena's chunks lie
+(``stretches``), or free lists (``overlay``).
 """
 
 from __future__ import annotations
@@ -11,17 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from coreheap.allocators.glibc.arenas import ArenaFacts
-from coreheap.allocators.glibc.locate import (
-    anonymous_ranges,
-    heap_behind_program,
-    joined,
-    mapping_end,
-)
+from coreheap.allocators.glibc.locate import joined
 from coreheap.allocators.glibc.records import Layout
+from coreheap.allocators.glibc.stretches import Stretch
 from coreheap.corefile import AddressSpace, Core
 from coreheap.evidence import Anomaly
-from coreheap.heap import NO_INDEX, RegionKind, UnattributedRange
+from coreheap.heap import RegionKind, UnattributedRange
 from coreheap.kernels import (
     ChunkIndex,
     ChunkIndexBuilder,
@@ -29,7 +24,6 @@ from coreheap.kernels import (
     MmappedChunks,
     StopReason,
     WalkAnomaly,
-    chain_reaches,
     find_chunk_runs,
     resynchronise,
     walk_region,
@@ -45,9 +39,6 @@ MISSING_ROOM_FLOOR = 1 << 30
 MISSING_ROOM_PER_SAVED = 4
 """Bytes that were not saved and still get room in the index: a hostile core may promise any number of them."""
 
-NO_TOP = -1
-"""Stands for a top whose address is unknown; lies in no stretch."""
-
 SEGMENT_LIMIT = 1 << 16
 """Stretches that unsaved memory, damage or foreign sbrk may cut the heap into."""
 
@@ -61,19 +52,6 @@ ANOMALY_TEXTS = {
     WalkAnomaly.TOP_SIZE_MISMATCH: ("top up to the end of its heap", "another size"),
     WalkAnomaly.MARKER_WITHOUT_FENCEPOST: ("a fencepost before the end marker", "none"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Memory of one arena that chunks should tile from ``start`` on. ``top`` is the arena's top, wherever it lies."""
-
-    kind: RegionKind
-    arena: int
-    sub_heap: int
-    start: int
-    end: int
-    top: int
-    is_top_heap: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,123 +75,6 @@ class HeapWalk:
     """By arena index."""
     anomalies: list[Anomaly]
     anomaly_count: int
-
-
-def stretches_of(core: Core, layout: Layout, arenas: tuple[ArenaFacts, ...], sbrk_base: int) -> list[Stretch]:
-    """Where the chunks of all arenas should be, by address; what nothing points to is searched for."""
-    stretches: list[Stretch] = []
-    for arena in arenas:
-        top = arena.state.top if arena.state is not None else 0
-        for number, heap in enumerate(arena.sub_heaps):
-            is_first = heap.address + layout.heap_info_bytes == arena.address
-            overhead = layout.first_chunk_in_arena_heap if is_first else layout.heap_info_bytes
-            if overhead < heap.size:
-                stretches.append(
-                    Stretch(
-                        RegionKind.ARENA_HEAP,
-                        arena.index,
-                        number,
-                        heap.address + overhead,
-                        heap.address + heap.size,
-                        top,
-                        heap.address <= top < heap.address + heap.size,
-                    )
-                )
-    main = next((arena for arena in arenas if arena.is_main), None)
-    if main is not None:
-        stretches.extend(_main_stretches(core, layout, main, arenas, stretches, sbrk_base))
-    return sorted(stretches, key=lambda stretch: stretch.start)
-
-
-def _main_stretches(
-    core: Core,
-    layout: Layout,
-    main: ArenaFacts,
-    arenas: tuple[ArenaFacts, ...],
-    others: list[Stretch],
-    sbrk_base: int,
-) -> list[Stretch]:
-    """The main arena's memory: one range from brk, or pieces, or what can be recognised without its malloc_state."""
-
-    def stretch(kind: RegionKind, start: int, end: int, top: int) -> Stretch:
-        return Stretch(kind, main.index, NO_INDEX, start, end, top, start <= top < end)
-
-    if main.state is None:
-        return [stretch(RegionKind.BRK, start, end, NO_TOP) for start, end in heap_behind_program(core, layout)]
-    if not main.state.system_mem:
-        return []
-    top = main.state.top
-    if main.brk_range is not None:
-        start = layout.aligned_header(main.brk_range.start)
-        return [stretch(RegionKind.BRK, start, main.brk_range.end, top)]
-    first: list[Stretch] = []
-    if sbrk_base and not main.state.is_contiguous:
-        start = layout.aligned_header(sbrk_base)
-        end = mapping_end(core.memory, start)
-        for run_start, run_end in joined(core.memory.saved_runs_within(start, end))[:1]:
-            chain = chain_reaches(
-                core.memory.view(run_start, run_end),
-                layout.geometry,
-                0,
-                top - start if start <= top < run_end else -1,
-                1 << 62,
-                region_bytes=end - start,
-            )
-            if run_start == start and chain.stop_reason in (
-                StopReason.FENCEPOSTS_MAIN,
-                StopReason.TOP,
-            ):
-                end = start + chain.end_offset
-            first = [stretch(RegionKind.BRK, start, end, top)]
-    pieces = [*first, *_mmap_pieces(core, layout, main, arenas, [*others, *first])]
-    begins_page = top == layout.aligned_header(top - top % core.page_bytes)
-    if main.top_bytes and begins_page and not any(piece.is_top_heap for piece in pieces):
-        # A piece that is nothing but top: no chunk was cut from it yet.
-        end = top + main.top_bytes
-        if end <= mapping_end(core.memory, top):
-            pieces.append(stretch(RegionKind.MMAP_PIECE, top, end, top))
-    return pieces
-
-
-def _mmap_pieces(
-    core: Core,
-    layout: Layout,
-    main: ArenaFacts,
-    arenas: tuple[ArenaFacts, ...],
-    stretches: list[Stretch],
-) -> list[Stretch]:
-    """Pieces that the main arena got from mmap when brk failed (sysmalloc, MMAP_AS_MORECORE_SIZE, all releases).
-
-    Nothing links them; they are found as runs of chunks that begin at a page and end at fenceposts or at top.
-    """
-    assert main.state is not None
-    excluded = [(stretch.start, stretch.end) for stretch in stretches]
-    excluded += [(heap.address, heap.address + arena.heap_max) for arena in arenas for heap in arena.sub_heaps]
-    pieces = []
-    for start, end in anonymous_ranges(core, excluded):
-        for run_start, run_end in joined(core.memory.saved_runs_within(start, end)):
-            top_offset = main.state.top - run_start if run_start <= main.state.top < run_end else -1
-            runs = find_chunk_runs(
-                core.memory.view(run_start, run_end),
-                run_start,
-                layout.geometry,
-                core.page_bytes,
-                top_offset,
-                1,
-            )
-            for begin, stop in zip(runs.start_offset.tolist(), runs.end_offset.tolist(), strict=True):
-                pieces.append(
-                    Stretch(
-                        RegionKind.MMAP_PIECE,
-                        main.index,
-                        NO_INDEX,
-                        run_start + begin,
-                        run_start + stop,
-                        main.state.top,
-                        run_start + begin <= main.state.top < run_start + stop,
-                    )
-                )
-    return pieces
 
 
 class HeapWalker:
@@ -258,9 +119,13 @@ class HeapWalker:
             saved = self.memory.is_saved(position, stretch.end)
             self._leave_out(stretch, position, stretch.end, "unproven" if saved else cause)
 
-    def _leave_out(self, stretch: Stretch, start: int, end: int, cause: str) -> None:
+    def leave_out(self, arena: int, start: int, end: int, cause: str) -> None:
+        """Record memory of an arena that no chunk can be assigned to."""
         if end > start:
-            self.unattributed.setdefault(stretch.arena, []).append(UnattributedRange(AddressRange(start, end), cause))
+            self.unattributed.setdefault(arena, []).append(UnattributedRange(AddressRange(start, end), cause))
+
+    def _leave_out(self, stretch: Stretch, start: int, end: int, cause: str) -> None:
+        self.leave_out(stretch.arena, start, end, cause)
 
     def _walk_saved(self, stretch: Stretch, start: int, end: int, trusted: bool) -> int:
         """Walk saved memory [start, end) of a stretch; returns up to where every byte is accounted for."""

@@ -31,6 +31,7 @@ from coreheap.kernels.values import (
 )
 
 _BLOCK_WORDS = 1 << 20
+_BINMAP_BYTES = 16
 
 
 def find_chunk_runs(
@@ -118,6 +119,10 @@ def find_arena_candidates(
     ``start_address``: of the memory's first byte; only words at multiples of ``word_bytes`` are looked at.
     ``next_deltas`` (uint64, each below 65536): distances from malloc_state to its ``next`` field. At most
     ``capacity`` addresses of each kind.
+
+    Programs have such words, too, many of them where objects point back to the slab that holds them. So an empty bin
+    counts beside another one only, and ``next`` only behind a last bin (127, which no size maps to) that is empty or was
+    never set; between them lies binmap in all releases (2.12-2.44). What lies before the memory's start counts as if it fitted.
     """
     if word_bytes not in (4, 8):
         raise ValueError(f"a word has 4 or 8 bytes, not {word_bytes}")
@@ -130,21 +135,31 @@ def find_arena_candidates(
     start_address += skipped
     kind = np.dtype(f"<u{word_bytes}")
     deltas = next_deltas.astype(kind)
+    last_bin = _BINMAP_BYTES // word_bytes + 2
     pairs: list[int] = []
     hits: list[int] = []
     for first_word in range(0, words_there, _BLOCK_WORDS):
-        # One word more than the block: a pair may begin with the block's last word.
-        count = min(_BLOCK_WORDS + 1, words_there - first_word)
-        words = np.frombuffer(view, kind, count, skipped + first_word * word_bytes)
+        # Words around the block, for what reaches over its edges: a pair's neighbours, the bin before a next.
+        before = min(first_word, last_bin)
+        count = min(_BLOCK_WORDS + 3, words_there - first_word)
+        words = np.frombuffer(view, kind, before + count, skipped + (first_word - before) * word_bytes)
         block_address = start_address + first_word * word_bytes
         # Differences wrap at the word's width, as the process's own pointer arithmetic does.
-        positions = np.arange(count, dtype=kind) * kind.type(word_bytes)
-        distance = positions + np.array([block_address & ((1 << 8 * word_bytes) - 1)], kind) - words
-        is_pair = (distance[:-1] == 2 * word_bytes) & (distance[1:] == 3 * word_bytes)
-        is_hit = np.isin(distance[:_BLOCK_WORDS], deltas)
-        for addresses, is_match in ((pairs, is_pair), (hits, is_hit)):
-            matches = np.flatnonzero(is_match)[: capacity + 1 - len(addresses)]
-            addresses += [block_address + int(position) * word_bytes for position in matches]
+        positions = np.arange(before + count, dtype=kind) * kind.type(word_bytes)
+        first_address = (block_address - before * word_bytes) & ((1 << 8 * word_bytes) - 1)
+        distance = positions + np.array([first_address], kind) - words
+        is_pair = np.zeros(before + count + 3, bool)  # with two more on each side
+        is_pair[2:-2] = (distance[:-1] == 2 * word_bytes) & (distance[1:] == 3 * word_bytes)
+        in_row = np.flatnonzero(is_pair[2:-2] & (is_pair[:-4] | is_pair[4:]))
+        pointing = np.flatnonzero(np.isin(distance, deltas))
+        first = np.maximum(pointing - last_bin, 0)
+        second = np.minimum(first + 1, before + count - 1)
+        is_empty = (distance[first] == 2 * word_bytes) & (distance[second] == 3 * word_bytes)
+        is_never_set = (words[first] == 0) & (words[second] == 0)
+        is_next = pointing[is_empty | is_never_set | (pointing < last_bin)]
+        for addresses, found in ((pairs, in_row), (hits, is_next)):
+            inside = found[(found >= before) & (found < before + _BLOCK_WORDS)][: capacity + 1 - len(addresses)]
+            addresses += [block_address + (int(position) - before) * word_bytes for position in inside]
     return ArenaCandidates(
         np.array(pairs[:capacity], np.uint64),
         np.array(hits[:capacity], np.uint64),

@@ -11,8 +11,6 @@ structure is made) is written down here from the fact sheet's sections 6.2 and 7
 
 from __future__ import annotations
 
-import json
-import lzma
 import random
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ import numpy as np
 import coreheap
 from coreheap.heap import ChunkState, HeapSnapshot
 from coreheap.report import LedgerNode, Report
+from tests import glibc_facts
 from tests.core_builder import CoreBuilder, elf_image
 from tests.heap_builder import (
     BINNED,
@@ -50,9 +49,7 @@ from tests.heap_builder import (
     write_tcache,
 )
 
-FACTS = Path(__file__).parents[3] / "fixtures" / "facts" / "glibc-malloc-layouts.json.xz"
 NAME_OF_MACHINE = {"x86_64": "amd64", "i386": "i386", "aarch64": "arm64"}
-SUFFIX_OF_VARIANT = {"default": "", "no-PER_THREAD": "-stock", "release-branch": "-branch"}
 
 OWN = "allocator_own"
 STATE_NAMES = (IN_USE, TCACHE, FASTBIN, UNSORTED_BIN, SMALL_BIN, LARGE_BIN, OWN, TOP, "fencepost")
@@ -67,7 +64,7 @@ class Release:
 
     name: str
     machine_name: str
-    entry: Mapping[str, Any]
+    entry: glibc_facts.Entry
 
     @property
     def minor(self) -> int:
@@ -75,7 +72,7 @@ class Release:
 
     @property
     def constants(self) -> Mapping[str, Any]:
-        return self.entry["constants"]  # type: ignore[no-any-return]
+        return self.entry.constants
 
     @property
     def machine(self) -> Machine:
@@ -105,6 +102,14 @@ class Release:
     def counts_free_slots(self) -> bool:
         return (self.constants["tcache_count_direction"] or "").startswith("down")
 
+    def tcache_number(self, chunk_bytes: int) -> int:
+        """The tcache bin of a size; of the large ones (2.42+) by the rule that the facts give for the release."""
+        small = self.machine.tcache_number(chunk_bytes)
+        if small < 64:
+            return small
+        start, base = str(self.constants["tcache_large_index_base"]).split(" + bitlen(chunk_size) - ")
+        return int(start) + chunk_bytes.bit_length() - int(base)
+
     @property
     def has_dummy_tcache(self) -> bool:
         """2.43+: the tcache pointer is never NULL, and the structure is made by the first free."""
@@ -128,34 +133,27 @@ class Release:
 
     def offsets(self, structure: str) -> dict[str, int]:
         """Field offsets of malloc_state, malloc_par, heap_info or tcache_perthread_struct."""
-        fields = self.entry["structs"][structure]["fields"]
-        return {name: row["offset"] for name, row in fields.items() if name != "pad"}
+        return self.entry.offsets(structure)
 
     def byte_count(self, structure: str) -> int:
-        return int(self.entry["structs"][structure]["size"])
+        return int(self.entry.structs[structure]["size"])
 
 
 @cache
-def _document() -> dict[str, Any]:
-    return json.loads(lzma.decompress(FACTS.read_bytes()))  # type: ignore[no-any-return]
-
-
-def releases(machine_name: str) -> Iterator[Release]:
-    """Every release and variant of one machine, oldest first."""
-    for number, machines in _document()["versions"].items():
-        for variant, entry in machines.get(NAME_OF_MACHINE[machine_name], {}).items():
-            yield Release(number + SUFFIX_OF_VARIANT[variant], machine_name, entry)
+def releases(machine_name: str) -> tuple[Release, ...]:
+    """Every release and variant of one machine, oldest first; ``2.36-no-tunables`` and its like included."""
+    entries = glibc_facts.entries()
+    return tuple(
+        Release(entry.release, machine_name, entry)
+        for entry in entries
+        if entry.machine == NAME_OF_MACHINE[machine_name]
+    )
 
 
 def release(name: str, machine_name: str = "x86_64") -> Release:
-    """One release by name; ``2.36-no-tunables`` is 2.36 with the malloc_par of 2.34 (section 2)."""
-    plain = name.removesuffix("-no-tunables")
-    found = next(item for item in releases(machine_name) if item.name == plain)
-    if name == plain:
-        return found
-    older = release("2.34", machine_name)
-    structs = {**found.entry["structs"], "malloc_par": older.entry["structs"]["malloc_par"]}
-    return Release(name, machine_name, {**found.entry, "structs": structs})
+    """One release by name."""
+    (found,) = [item for item in releases(machine_name) if item.name == name]
+    return found
 
 
 # What a process is like
@@ -167,7 +165,9 @@ class Shape:
 
     ``idle_threads`` use the main arena and have no tcache. ``interruption``: what comes in the middle of the main arena,
     ``foreign_sbrk`` or ``mmap_fallback``. ``mmapped_leads``: for each mmapped chunk the bytes before its header, 0 for
-    malloc's own.
+    malloc's own. ``huge_page_bytes``: those that glibc.malloc.hugetlb names, which heaps are then made of (2.35+). No heap
+    is built larger than LARGEST_BUILT, so of pages beyond it the heaps only have the alignment. ``filled_bytes`` of each
+    stretch hold small chunks.
     """
 
     sub_heaps: tuple[int, ...] = ()
@@ -177,6 +177,8 @@ class Shape:
     arenas_without_thread: int = 0
     main_bytes: int = 0x6000
     sub_heap_bytes: int = 0x8000
+    huge_page_bytes: int = 0
+    filled_bytes: int = 1 << 40
     mix: Mix = field(default_factory=lambda: Mix(largest=3000, typical=200))
 
 
@@ -236,6 +238,7 @@ LIBC_DATA_BYTES = 0x2000
 TLS_BLOCK_BYTES = 0x80
 STACK_BYTES = 0x4000
 MAPPED_BYTES = 0x22000
+LARGEST_BUILT = 2 << 20
 TCACHE_KEY = {8: 0x5A3C_96E1_0F87_B42D, 4: 0x5A3C_96E1}
 
 
@@ -374,6 +377,13 @@ class _Assembly:
         self.mp = data + 0x180
         self.main_arena = data + (0xAC0 if self.machine.word_bytes == 8 else 0x760)
 
+    @property
+    def heap_max(self) -> int:
+        """What a sub-heap reserves, and is aligned to (fact sheet, section 3.2)."""
+        if self.shape.huge_page_bytes and self.release.constants["heap_max_follows_hugetlb"]:
+            return 4 * self.shape.huge_page_bytes
+        return self.machine.sub_heap_reserve
+
     def build(self) -> BuiltProcess:
         self._program_and_libc()
         main = self._main()
@@ -464,7 +474,12 @@ class _Assembly:
         non_main: bool = False,
         with_cache: bool = False,
     ) -> BuiltSegment:
-        room = byte_count - skip - self.machine.alignment - (0x400 if ending == "top" else 0x40)
+        room = (
+            min(byte_count, self.shape.filled_bytes)
+            - skip
+            - self.machine.alignment
+            - (0x400 if ending == "top" else 0x40)
+        )
         plan = self._plan(room, with_cache=with_cache, ends_at_top=ending == "top")
         segment = self.builder.add_segment(block, byte_count, skip=skip, ending=ending, non_main=non_main, plan=plan)
         if with_cache:
@@ -475,6 +490,9 @@ class _Assembly:
     def _main(self) -> BuiltArena:
         start, size = self.places.brk, self.shape.main_bytes
         cached = self.release.has_tcache
+        if self.shape.huge_page_bytes:
+            # No brk then (fact sheet, section 3.6).
+            start, size = self.places.mappings + 0x80_0000, min(self.shape.huge_page_bytes, LARGEST_BUILT)
         if not self.shape.interruption:
             segment = self._segment(start, size, with_cache=cached)
             return BuiltArena(self.main_arena, [segment], [], size)
@@ -491,16 +509,20 @@ class _Assembly:
 
     def _arena(self, number: int) -> BuiltArena:
         """A non-main arena: its sub-heaps, all but the newest retired, and their headers."""
-        reserve, machine, constants = self.machine.sub_heap_reserve, self.machine, self.release.constants
-        count, size = self.shape.sub_heaps[number], self.shape.sub_heap_bytes
+        reserve, machine, constants = self.heap_max, self.machine, self.release.constants
+        page = min(self.shape.huge_page_bytes, LARGEST_BUILT) or PAGE
+        count, size = self.shape.sub_heaps[number], max(page, self.shape.sub_heap_bytes)
         before = sum(self.shape.sub_heaps[:number])
-        heaps = [self.places.newest_heap - reserve * (before + age) for age in range(count)]
+        newest = self.places.newest_heap & ~(reserve - 1)
+        if newest + reserve > self.places.mappings:
+            newest -= reserve
+        heaps = [newest - reserve * (before + age) for age in range(count)]
         state_address = heaps[0] + self.release.byte_count("heap_info")
         segments = []
         for age, heap in enumerate(heaps):
             is_newest = age == count - 1
             # The newest heap was shrunk once: more of it is accessible than the arena uses.
-            accessible = size + (PAGE * 2 if is_newest else 0)
+            accessible = size + (page * 2 if is_newest else 0)
             self.memory.add(heap, accessible)
             write_heap_info(
                 self.memory,
@@ -512,7 +534,7 @@ class _Assembly:
                     "prev": heaps[age - 1] if age else 0,
                     "size": size,
                     "mprotect_size": accessible,
-                    "pagesize": PAGE,
+                    "pagesize": self.shape.huge_page_bytes or PAGE,
                 },
             )
             self.unsaved.append((heap + accessible, heap + reserve, "---"))
@@ -576,7 +598,7 @@ class _Assembly:
     def _write_tcache(self, address: int, blocks: list[BuiltChunk]) -> None:
         of, word = self.release, self.machine.word_bytes
         key = {"struct": address, "random": TCACHE_KEY[word], "": None}[of.keeps_key]
-        fields = of.entry["structs"]["tcache_perthread_struct"]["fields"]
+        fields = of.entry.structs["tcache_perthread_struct"]["fields"]
         name = "num_slots" if "num_slots" in fields else "counts"
         count_type, _, rest = fields[name]["type"].partition("[")
         bins, fill = int(rest.rstrip("]")), of.constants["tcache_default_fill"]
@@ -627,7 +649,7 @@ class _Assembly:
         for position, arena in enumerate(ring):
             has_fast = any(segment.of_state(FASTBIN) for segment in arena.segments)
             flags = 1 if bit0 and not has_fast else 0
-            if arena is not main or self.shape.interruption == "mmap_fallback":
+            if arena is not main or self.shape.interruption == "mmap_fallback" or self.shape.huge_page_bytes:
                 flags |= 2
             self.builder.link_arena(
                 arena.state_address,
@@ -670,7 +692,8 @@ class _Assembly:
                 "mmapped_mem": total,
                 "max_mmapped_mem": total,
                 "max_total_mem": 0,
-                "sbrk_base": self.places.brk,
+                "hp_pagesize": self.shape.huge_page_bytes,
+                "sbrk_base": main.segments[0].start & ~(PAGE - 1),
                 "tcache_bins": 64,
                 "tcache_small_bins": 64,
                 "tcache_max_bytes": newer_most

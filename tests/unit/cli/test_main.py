@@ -247,9 +247,13 @@ def test_names_known_to_the_parser_are_those_of_the_heap_and_the_report() -> Non
 
 
 def test_the_users_words_reach_the_analysis(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     seen: dict[str, object] = {}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e").touch()
+    for folder in ("s", "a", "b"):
+        (tmp_path / folder).mkdir()
 
     @contextmanager
     def opened(path: str, **words: object) -> Iterator[str]:
@@ -272,7 +276,48 @@ def test_the_users_words_reach_the_analysis(
         "executable": Path("e"),
         "sysroot": Path("s"),
         "debug_directories": [Path("a"), Path("b")],
+        "debuginfod": False,
     }
+    assert main([*words, "--debuginfod"]) == 0
+    assert seen["debuginfod"] is True
+
+
+@pytest.mark.parametrize("command", ["analyze", *TABLES])
+@pytest.mark.parametrize(
+    ("option", "name", "problem"),
+    [
+        ("--sysroot", "missing", "--sysroot names no folder"),
+        ("--sysroot", "file", "--sysroot names no folder"),
+        ("--debug-dir", "missing", "--debug-dir names no folder"),
+        ("--exe", "missing", "--exe names no file"),
+        ("--exe", ".", "--exe names no file"),
+    ],
+)
+def test_a_misspelt_folder_is_no_empty_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str, option: str, name: str, problem: str
+) -> None:
+    (tmp_path / "file").touch()
+    assert main([command, "core", option, str(tmp_path / name)]) == 2
+    written = capsys.readouterr()
+    assert not written.out
+    assert problem in written.err
+    assert str(tmp_path / name) in written.err
+    assert "next step: " in written.err
+
+
+@pytest.mark.parametrize("command", ["analyze", *TABLES])
+@pytest.mark.parametrize("urls", [None, "", "ima:enforcing"])
+def test_debuginfod_without_servers_says_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, urls: str | None
+) -> None:
+    monkeypatch.delenv("DEBUGINFOD_URLS", raising=False)
+    if urls is not None:
+        monkeypatch.setenv("DEBUGINFOD_URLS", urls)
+    assert main([command, "core", "--debuginfod"]) == 2
+    written = capsys.readouterr()
+    assert not written.out
+    assert "DEBUGINFOD_URLS names no server" in written.err
+    assert "next step: export DEBUGINFOD_URLS=" in written.err
 
 
 def run_python(program: str, *, stdout: int | io.BufferedWriter, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -93,7 +93,7 @@ def test_a_big_endian_core(tmp_path: Path) -> None:
     builder = small_core()
     builder.elf_data = 2
     path = builder.write(tmp_path / "core")
-    assert refused(path, UnsupportedCore).found == "big-endian"
+    assert refused(path, UnsupportedCore).found == "machine 15872, 64 bits, big-endian"
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,7 @@ class TestDebugLink:
 
     def test_another_build_is_refused(self, workshop: Workshop) -> None:
         _, debug, stripped = self.separated(workshop)
+        debug.unlink()
         (workshop.folder / "debug").mkdir()
         other = workshop.debug_file(workshop.library("-DOTHER", "-O2", name="other.so"), "other.debug")
         other.rename(workshop.folder / "debug" / debug.name)
@@ -251,7 +252,7 @@ class TestDebugLink:
         file = opened(stripped)
         assert file.build_id is not None
         finder = FileFinder(debug_directories=(workshop.folder / "debug",))
-        return finder.find_debug_file(self.PATH, file.build_id, file)
+        return finder.find_debug_file(self.PATH, file.build_id, file).file
 
 
 class TestDamage:

@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from coreheap.kernels import ChunkRuns, MmappedChunks, StopReason
+from coreheap.kernels import ChunkRuns, MmappedChunks, StopReason, reference
 from tests.heap_builder import (
     MACHINE_32A16,
     MACHINE_64,
@@ -69,6 +69,70 @@ def test_arena_search_on_odd_inputs(kernels: ModuleType, machine: Machine) -> No
     for start in (-1, 1 << 63, 1 << 64):
         with pytest.raises(ValueError, match="no process has memory"):
             kernels.find_arena_candidates(bytes(64), start, machine.word_bytes, none)
+
+
+@each_machine
+def test_objects_of_programs_are_no_arenas(kernels: ModuleType, machine: Machine) -> None:
+    """An object that points back to its slab, at the distance of next, and the head of a list that is empty."""
+    word, base = machine.word_bytes, 0x7000_0000
+    next_offset = state_offsets(machine)["next"]
+    memory = ImageMemory()
+    memory.add(base, 1 << 14)[:] = random.Random(2).randbytes(1 << 14)
+    place, last_bin = base + next_offset, base + next_offset - 16 - 2 * word
+    memory.put(place, base, word)
+    for number in (100, 103, 107):
+        pair = base + 0x2000 + number * word
+        for at in (pair, pair + word):
+            memory.put(at, pair - 2 * word, word)
+
+    def found() -> tuple[list[int], list[int]]:
+        deltas = np.array([next_offset], np.uint64)
+        result = kernels.find_arena_candidates(bytes(memory.blocks[base]), base, word, deltas)
+        return result.self_pairs.tolist(), result.next_hits.tolist()
+
+    assert found() == ([], [])
+    # An arena that was never used has zeros there, any other its last bin, which no chunk gets into.
+    for value, hits in ((0, [place]), (last_bin - 2 * word, [place]), (last_bin, [])):
+        for at in (last_bin, last_bin + word):
+            memory.put(at, value, word)
+        assert found() == ([], hits)
+    memory.put(last_bin, 0, word)
+    assert found() == ([], [])
+    second = base + 0x2000 + 105 * word
+    for at in (second, second + word):
+        memory.put(at, second - 2 * word, word)
+    assert found() == ([base + 0x2000 + number * word for number in (103, 105, 107)], [])
+
+
+@each_machine
+def test_next_counts_where_the_memory_before_it_is_missing(kernels: ModuleType, machine: Machine) -> None:
+    word, base, next_offset = machine.word_bytes, 0x7000_0000, state_offsets(machine)["next"]
+    block = bytearray(random.Random(3).randbytes(1 << 13))
+    block[next_offset : next_offset + word] = base.to_bytes(word, "little")
+    deltas = np.array([next_offset], np.uint64)
+    for cut, hits in ((next_offset - 16 - 2 * word, []), (next_offset - 16 - word, [base + next_offset])):
+        found = kernels.find_arena_candidates(bytes(block[cut:]), base + cut, word, deltas)
+        assert found.next_hits.tolist() == hits
+
+
+@each_machine
+@pytest.mark.parametrize("block_words", [16, 17, 64])
+def test_blocks_of_the_reference_do_not_show(
+    machine: Machine, block_words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = ImageMemory()
+    base = 0x7000_0000
+    block = memory.add(base, 1 << 13)
+    offsets = state_offsets(machine)
+    for state in (base + 0x230, base + 0x1230):
+        write_malloc_state(memory, machine, state, offsets, bins={}, fastbins={}, values={"next": state})
+    arguments = (bytes(block), base, machine.word_bytes, np.array([offsets["next"]], np.uint64))
+    whole = reference.find_arena_candidates(*arguments)
+    assert (len(whole.self_pairs), len(whole.next_hits)) == (254, 2)
+    monkeypatch.setattr("coreheap.kernels.reference.searching._BLOCK_WORDS", block_words)
+    parts = reference.find_arena_candidates(*arguments)
+    assert parts.self_pairs.tolist() == whole.self_pairs.tolist()
+    assert parts.next_hits.tolist() == whole.next_hits.tolist()
 
 
 # Mmapped chunks

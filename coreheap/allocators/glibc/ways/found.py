@@ -29,10 +29,30 @@ class ThreadLocal:
 
 @dataclass(frozen=True, slots=True)
 class ThreadSlot:
-    """An offset from the thread pointer at which the module has some thread-local variable, and who says so."""
+    """An offset from the thread pointer at which the module has some thread-local variable, and who says so.
+
+    ``ways`` is how many ways name it: relocations name all variables, the code of malloc's functions few.
+    """
 
     offset: int
     source: str
+    ways: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadBlock:
+    """Where the module's whole TLS block begins relative to the thread pointer, and who says so.
+
+    ``byte_count`` is None where the block's size is unknown.
+    """
+
+    start: int
+    byte_count: int | None
+    source: str
+
+    def holds(self, offset: int) -> bool | None:
+        """Whether a variable at an offset from the thread pointer belongs to the module; None where that is unknown."""
+        return None if self.byte_count is None else self.start <= offset < self.start + self.byte_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +72,7 @@ class Found:
     tcache: tuple[ThreadLocal, ...] = ()
     thread_arena: tuple[ThreadLocal, ...] = ()
     thread_slots: tuple[ThreadSlot, ...] = ()
+    thread_blocks: tuple[ThreadBlock, ...] = ()
     layouts: tuple[LayoutSighting, ...] = ()
 
 
@@ -71,6 +92,8 @@ class Globals:
     thread_slots: tuple[ThreadSlot, ...]
     """Where to look for tcache and thread_arena when nothing names them (``find_thread_locals``), by offset; empty
     where unknown."""
+    thread_blocks: tuple[ThreadBlock, ...]
+    """The module's TLS block, by each source that tells."""
     layouts: tuple[LayoutSighting, ...]
 
     @property
@@ -88,6 +111,7 @@ def merged(module: Module, parts: Iterable[Found]) -> Globals:
         tcache=tuple(sighting for part in found for sighting in part.tcache),
         thread_arena=tuple(sighting for part in found for sighting in part.thread_arena),
         thread_slots=_slots_by_offset(slot for part in found for slot in part.thread_slots),
+        thread_blocks=tuple(block for part in found for block in part.thread_blocks),
         layouts=tuple(sighting for part in found for sighting in part.layouts),
     )
 
@@ -99,7 +123,7 @@ def _slots_by_offset(slots: Iterable[ThreadSlot]) -> tuple[ThreadSlot, ...]:
         named = sources.setdefault(slot.offset, [])
         if slot.source not in named:
             named.append(slot.source)
-    return tuple(ThreadSlot(offset, ", ".join(named)) for offset, named in sorted(sources.items()))
+    return tuple(ThreadSlot(offset, ", ".join(named), len(named)) for offset, named in sorted(sources.items()))
 
 
 def evidence_for(sightings: Iterable[Sighting], address: int) -> tuple[Evidence, ...]:

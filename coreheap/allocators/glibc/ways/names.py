@@ -6,7 +6,6 @@ Knows: how the globals and structures are called in malloc.c. Does not know: how
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from coreheap.allocators.glibc.locate import Sighting
 from coreheap.allocators.glibc.records import Layout
@@ -24,26 +23,33 @@ def by_symbols(subject: Subject) -> Found:
     arenas: list[Sighting] = []
     parameters: list[Sighting] = []
     variables: dict[str, list[ThreadLocal]] = {"tcache": [], "thread_arena": []}
-    for file, source in _symbol_files(subject.module):
+    for file, title in _symbol_files(subject.module):
         for name, sightings in (("main_arena", arenas), ("mp_", parameters)):
             symbol = file.find_symbol(name)
-            address = None if symbol is None or symbol.kind == STT_TLS else subject.in_process(symbol.value)
+            if symbol is None or symbol.kind == STT_TLS:
+                continue
+            address, source = subject.in_process(symbol.value), _source(symbol, title)
             if address is not None:
                 evidence = Evidence(f"symbol {name} of the same build-id", source, Strength.PROOF, address)
                 sightings.append(Sighting(address, evidence))
         for name, locals_ in variables.items():
             symbol = file.find_symbol(name)
             if symbol is not None and symbol.kind == STT_TLS:
-                locals_ += _thread_local(
-                    subject, symbol.value, f"thread-local symbol {name} of the same build-id", source
-                )
+                statement = f"thread-local symbol {name} of the same build-id"
+                locals_ += _thread_local(subject, symbol.value, statement, _source(symbol, title))
     return Found(tuple(arenas), tuple(parameters), tuple(variables["tcache"]), tuple(variables["thread_arena"]))
 
 
 def _symbol_files(module: Module) -> Iterator[tuple[ElfFile, str]]:
-    for file in (module.elf_file, module.debug_file):
+    """The files that may name symbols, and what reports call them."""
+    for file, title in ((module.elf_file, module.file_title), (module.debug_file, module.debug_file_title)):
         if file is not None:
-            yield file, f"symbol table of {file.path.name}"
+            yield file, title
+
+
+def _source(symbol: Symbol, title: str) -> str:
+    """Which of a file's tables has the symbol: .symtab, MiniDebugInfo and a separate debug file are told apart."""
+    return f"symbol table ({symbol.table}) of {title}"
 
 
 def _thread_local(subject: Subject, offset: int, statement: str, source: str) -> list[ThreadLocal]:
@@ -72,13 +78,11 @@ def by_dwarf(subject: Subject) -> Found:
     anchor = _malloc_symbol(subject.module)
     if anchor is None:
         return NOTHING
-    for file in (subject.module.debug_file, subject.module.elf_file):
-        if file is None:
-            continue
+    for file, title in reversed(tuple(_symbol_files(subject.module))):
         names = ("main_arena", "mp_", "tcache", "thread_arena")
         unit = unit_at(file, anchor.value, names, (*STRUCTURES, "tcache_entry"))
         if unit is not None:
-            return _found_in_unit(subject, unit, file.path)
+            return _found_in_unit(subject, unit, f"DWARF of {title}")
     return NOTHING
 
 
@@ -90,9 +94,7 @@ def _malloc_symbol(module: Module) -> Symbol | None:
     return None
 
 
-def _found_in_unit(subject: Subject, unit: DwarfUnit, path: Path) -> Found:
-    source = f"DWARF of {path.name}"
-
+def _found_in_unit(subject: Subject, unit: DwarfUnit, source: str) -> Found:
     def sightings(name: str) -> tuple[Sighting, ...]:
         variable = unit.variables.get(name)
         address = None if variable is None or variable.address is None else subject.in_process(variable.address)

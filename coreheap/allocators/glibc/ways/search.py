@@ -14,6 +14,7 @@ from coreheap.allocators.glibc.ways.names import by_dwarf, by_symbols
 from coreheap.allocators.glibc.ways.signatures import by_code, by_initial_values, by_relocations
 from coreheap.allocators.glibc.ways.subject import ArenaScore, Subject
 from coreheap.corefile import Core, Module
+from coreheap.corefile.elf import PT_INTERP
 
 MODULE_LIMIT = 64
 """Modules that are asked; more copies of libc than namespaces can hold (glibc: 16) mean a hostile core."""
@@ -37,11 +38,21 @@ def find_globals(
     """
     found: list[Globals] = []
     for module in _modules_with_malloc(core):
+        if _needs_symbols(module):
+            core.fetch_symbols(module)
         subject = Subject(core, module, layouts, arena_score)
         result = merged(module, [way(subject) for way in (WAYS if ways is None else ways)])
-        if result.found_anything or result.thread_slots:
+        if result.found_anything or result.thread_slots or result.thread_blocks:
             found.append(result)
     return tuple(found)
+
+
+def _needs_symbols(module: Module) -> bool:
+    """Whether a module is libc, or a static program that may hold it, and no file at hand names malloc's globals."""
+    is_libc = LIBC_NAME.match(module.name) or LIBC_NAME.match(module.soname)
+    segments = module.program_headers
+    is_static = module.is_executable and segments is not None and not len(segments.rows_of_kind(PT_INTERP))
+    return bool(is_libc or is_static) and module.symbol("main_arena") is None
 
 
 def _modules_with_malloc(core: Core) -> Iterator[Module]:

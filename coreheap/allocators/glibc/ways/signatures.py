@@ -33,8 +33,9 @@ def by_relocations(subject: Subject) -> Found:
     source = f"thread-local relocations of {subject.name}"
     return Found(
         main_arena=(*file.main_arena, *dumped.main_arena),
-        tcache=file.tcache,
+        tcache=_by_thread_image(subject),
         thread_slots=tuple(ThreadSlot(offset, source) for _, offset, _ in subject.slots),
+        thread_blocks=subject.thread_blocks,
         layouts=file.layouts,
     )
 
@@ -44,26 +45,36 @@ def _by_file_relocations(subject: Subject) -> Found:
     if image is None:
         return NOTHING
     places: tuple[static_image.Place, ...] = ()
-    source = f"relocations in the file of {subject.name}"
+    source = f"relocations in the file of {subject.file_name}"
     if relocations is not None:
         places = static_image.arenas_by_pointer(image, relocations, subject.layouts)
     elif image.kind == ET_EXEC:
         places = static_image.arenas_by_value(image, subject.layouts)
-        source = f"initial data in the file of {subject.name}"
-    tcache: list[ThreadLocal] = []
-    if relocations is not None:
-        offset = static_image.tcache_in_thread_image(image, relocations, image.segments, subject.layouts)
-        place = None if offset is None else subject.thread_offset(offset)
-        if place is not None:
-            statement = "the one initial thread-local pointer to read-only zeros, as tcache starts from 2.43 on"
-            tcache = [ThreadLocal(place, Evidence(statement, f"TLS image of {subject.name}", Strength.SOLID))]
+        source = f"initial data in the file of {subject.file_name}"
     statement = "a pointer to the structure that holds it, as main_arena.next before the first other arena"
     sightings = _tested(subject, ((place.address, statement) for place in places), source, is_unique=len(places) == 1)
     layouts: tuple[LayoutSighting, ...] = ()
     if len(places) == 1:
         statement = "distance of main_arena.next from main_arena"
         layouts = (LayoutSighting(places[0].layouts, Evidence(statement, source, Strength.SOLID)),)
-    return Found(main_arena=sightings, tcache=tuple(tcache), layouts=layouts)
+    return Found(main_arena=sightings, layouts=layouts)
+
+
+def _by_thread_image(subject: Subject) -> tuple[ThreadLocal, ...]:
+    """tcache by its initial value in the TLS image: nothing writes that in a process either, so the core's is as good as
+    the file's."""
+    for image, relocations, source in (
+        (subject.file_image, subject.relocations, f"TLS image of {subject.file_name}"),
+        (subject.dumped_image, subject.dumped_relocations, f"TLS image of {subject.name} in the core"),
+    ):
+        if image is None or relocations is None or subject.segments is None:
+            continue
+        offset = static_image.tcache_in_thread_image(image, relocations, subject.segments, subject.layouts)
+        place = None if offset is None else subject.thread_offset(offset)
+        if place is not None:
+            statement = "the one initial thread-local pointer to read-only zeros, as tcache starts from 2.43 on"
+            return (ThreadLocal(place, Evidence(statement, source, Strength.SOLID)),)
+    return ()
 
 
 def _by_dumped_relocations(subject: Subject) -> Found:
@@ -116,7 +127,7 @@ def by_initial_values(subject: Subject) -> Found:
     if subject.file_image is None:
         return NOTHING
     places = static_image.parameters_by_value(subject.file_image, subject.layouts)
-    source = f"initial data in the file of {subject.name}"
+    source = f"initial data in the file of {subject.file_name}"
     strength = Strength.SOLID if len(places) == 1 else Strength.HINT
     sightings = [
         Sighting(address, Evidence("the initial values of every field of malloc_par", source, strength, address))
@@ -138,7 +149,7 @@ def by_code(subject: Subject) -> Found:
     if not references:
         return NOTHING
     named = code.arenas_by_code(references, subject.is_writable)
-    source = f"machine code of {subject.name}"
+    source = subject.code_source
     arenas = _tested(
         subject,
         ((place.address, f"address formed by {', '.join(place.functions)}") for place in named),

@@ -11,8 +11,10 @@ from functools import cached_property
 
 from coreheap.allocators.glibc.records import ArenaState, Layout, read_arena
 from coreheap.allocators.glibc.ways import code, tls
+from coreheap.allocators.glibc.ways.found import ThreadBlock
 from coreheap.corefile import AddressSpace, Core, Module
-from coreheap.corefile.elf import PF_W, PT_LOAD
+from coreheap.corefile.dumped_symbols import DumpedSymbols
+from coreheap.corefile.elf import PF_W, PT_LOAD, ProgramHeaders
 from coreheap.corefile.relocations import FileImage, MemoryImage, Relocations, relocations_of
 from coreheap.errors import MemoryFault
 
@@ -39,6 +41,11 @@ class Subject:
         return None if file is None else FileImage(file)
 
     @cached_property
+    def dumped_image(self) -> MemoryImage | None:
+        """The module as the core's own memory has it; None where its place is unknown."""
+        return None if self.module.load_bias is None else MemoryImage(self.core.memory, self.module)
+
+    @cached_property
     def relocations(self) -> Relocations | None:
         """From the file; None without one, or where it has none."""
         return None if self.file_image is None else relocations_of(self.file_image, self.core.machine)
@@ -46,9 +53,7 @@ class Subject:
     @cached_property
     def dumped_relocations(self) -> Relocations | None:
         """From the core's own memory; None where the tables were not dumped."""
-        if self.module.load_bias is None:
-            return None
-        return relocations_of(MemoryImage(self.core.memory, self.module), self.core.machine)
+        return None if self.dumped_image is None else relocations_of(self.dumped_image, self.core.machine)
 
     @property
     def any_relocations(self) -> Relocations | None:
@@ -61,22 +66,39 @@ class Subject:
         return () if relocations is None else tuple(tls.slots_of(self.core, self.module, relocations))
 
     @cached_property
+    def thread_blocks(self) -> tuple[ThreadBlock, ...]:
+        """As ``tls.blocks_of``."""
+        return tls.blocks_of(self.core, self.module, self.segments, self.slots)
+
+    @property
     def thread_block(self) -> int | None:
         """The start of the module's TLS block, relative to the thread pointer."""
-        file = self.module.elf_file
-        segments = self.module.program_headers if file is None else file.segments
-        return tls.block_offset(self.core, self.module, segments, self.slots)
+        return self.thread_blocks[0].start if self.thread_blocks else None
 
     @cached_property
     def references(self) -> code.References:
-        """What the code of malloc's exported functions names; empty without the file or capstone's help."""
-        if self.file_image is None:
+        """What the code of malloc's exported functions names: in the file, else in the core, where text and symbol table
+        were dumped. Empty without both."""
+        if self.file_image is not None:
+            return code.references_of_functions(self.file_image, self.module.symbol, self.core.machine)
+        if self.dumped_image is None:
             return {}
-        return code.references_of_functions(self.file_image, self.module.symbol, self.core.machine)
+        find = DumpedSymbols(self.dumped_image).find
+        return code.references_of_functions(self.dumped_image, find, self.core.machine)
+
+    @property
+    def code_source(self) -> str:
+        """Where ``references`` were read, for evidence."""
+        return f"machine code of {self.file_name}" + ("" if self.file_image is not None else " in the core")
 
     @property
     def name(self) -> str:
         return self.module.name or "the program"
+
+    @property
+    def file_name(self) -> str:
+        """As ``name``, of the file: it says so where the file was fetched."""
+        return self.module.file_title
 
     def in_process(self, address: int) -> int | None:
         """Where an address of the file lies in the process."""
@@ -85,15 +107,21 @@ class Subject:
         return self.module.load_bias + address & (1 << 8 * self.core.word_bytes) - 1
 
     def is_writable(self, address: int) -> bool:
-        """Whether the file's writable segments hold an address (before relocation)."""
-        file = self.module.elf_file
-        if file is None:
+        """Whether the module's writable segments hold an address (before relocation)."""
+        segments = self.segments
+        if segments is None:
             return False
         return any(
-            0 <= address - int(file.segments.address[row]) < int(file.segments.memory_bytes[row])
-            for row in file.segments.rows_of_kind(PT_LOAD).tolist()
-            if int(file.segments.flags[row]) & PF_W
+            0 <= address - int(segments.address[row]) < int(segments.memory_bytes[row])
+            for row in segments.rows_of_kind(PT_LOAD).tolist()
+            if int(segments.flags[row]) & PF_W
         )
+
+    @property
+    def segments(self) -> ProgramHeaders | None:
+        """The module's program headers, from its file or from the core; None where neither has them."""
+        file = self.module.elf_file
+        return self.module.program_headers if file is None else file.segments
 
     def arena_score(self, address: int) -> float | None:
         """The best score of a malloc_state at an address of the process; None where it was not saved."""

@@ -11,7 +11,9 @@ import pytest
 from coreheap.allocators.glibc import ways
 from coreheap.allocators.glibc.identify import Identification, arena_score, identify, layouts_for
 from coreheap.allocators.glibc.locate import Sighting
-from coreheap.allocators.glibc.tcache import is_tcache
+from coreheap.allocators.glibc.tcache import wanted_tcache
+from coreheap.allocators.glibc.thread_storage import ThreadStorage
+from coreheap.allocators.glibc.threads import wanted_arena
 from coreheap.allocators.glibc.ways import Globals
 from coreheap.corefile import Core, ElfFile, open_core
 from coreheap.evidence import Confidence, Evidence, Strength, confidence_from
@@ -38,6 +40,17 @@ def addresses(sightings: Iterable[Sighting]) -> set[int]:
 def sources(sightings: Iterable[Sighting]) -> list[str]:
     """The first word of each source: the way."""
     return [sighting.evidence.source.split()[0] for sighting in sightings]
+
+
+def thread_locals_of(
+    core: Core, found: Globals, truth: Identification
+) -> tuple[tuple[ways.ThreadLocal, ...], tuple[ways.ThreadLocal, ...]]:
+    """thread_arena and tcache among libc's slots."""
+    storage = ThreadStorage(core)
+    tcache = wanted_tcache(core.memory, truth.layout)
+    assert tcache is not None
+    arenas = ways.find_thread_locals(storage, found.thread_slots, wanted_arena(truth.ring.members, ()))
+    return arenas, ways.find_thread_locals(storage, found.thread_slots, tcache)
 
 
 def with_libc(folder: Path, core: Path, content: bytes | None) -> Path:
@@ -77,17 +90,19 @@ class TestAllWaysAgree:
             (found,) = globals_of(core)
             truth = identified(core)
             assert addresses(found.main_arena) == {truth.ring.main}
-            arenas, caches = ways.find_thread_locals(
-                core, found.thread_slots, truth.ring.members, lambda at: is_tcache(core.memory, truth.layout, at)
-            )
+            arenas, caches = thread_locals_of(core, found, truth)
             assert [variable.offset for variable in arenas][:1] == [truth.thread_words.arena_offset]
             assert [variable.offset for variable in caches][:1] == [truth.thread_words.tcache_offset]
 
 
 class TestTheCoreAlone:
     def test_nothing_of_libc_was_dumped(self, tmp_path: Path) -> None:
+        """What is left is the link map, which tells where libc's thread-local block lies."""
         with open_core(core_or_skip("threads_kept").core, sysroot=tmp_path) as core:
-            assert globals_of(core) == ()
+            (found,) = globals_of(core)
+            assert not found.found_anything
+            assert found.thread_slots == ()
+            assert [block.source for block in found.thread_blocks] == ["link map of libc.so.6"]
 
     def test_dumped_relocations_name_main_arena_and_the_slots(self, tmp_path: Path) -> None:
         with open_core(core_or_skip("threads_kept@filter_all").core, sysroot=tmp_path) as core:
@@ -96,10 +111,10 @@ class TestTheCoreAlone:
             # main_arena.next no longer points to main_arena: these programs have more arenas.
             assert len(truth.ring.members) > 1
             assert addresses(found.main_arena) == {truth.ring.main}
-            assert [sighting.evidence.strength for sighting in found.main_arena] == [Strength.SOLID]
-            _, caches = ways.find_thread_locals(
-                core, found.thread_slots, truth.ring.members, lambda at: is_tcache(core.memory, truth.layout, at)
-            )
+            # The text was dumped, too, so machine code says the same.
+            assert sources(found.main_arena) == ["relocations", "machine"]
+            assert [sighting.evidence.strength for sighting in found.main_arena] == [Strength.SOLID] * 2
+            _, caches = thread_locals_of(core, found, truth)
             assert [variable.offset for variable in caches] == [truth.thread_words.tcache_offset]
 
 
@@ -113,7 +128,7 @@ class TestWrongFiles:
         at = content.index(file.build_id)
         content[at] ^= 0xFF
         with open_core(core_path, sysroot=with_libc(tmp_path / "root", core_path, bytes(content))) as core:
-            assert globals_of(core) == ()
+            assert not any(found.found_anything or found.thread_slots for found in globals_of(core))
             assert "mismatched_module" in {gap.cause for gap in core.gaps}
 
     @pytest.mark.parametrize("seed", range(12))
@@ -130,7 +145,7 @@ class TestWrongFiles:
             for found in globals_of(core):
                 solid = [s for s in found.main_arena if s.evidence.strength > Strength.HINT]
                 assert addresses(solid) <= {truth.ring.main}
-                ways.find_thread_locals(core, found.thread_slots, truth.ring.members, lambda at: False)
+                thread_locals_of(core, found, truth)
 
     @pytest.mark.parametrize("share", [0.001, 0.2, 0.9, 0.999])
     def test_a_cut_file(self, tmp_path: Path, share: float) -> None:

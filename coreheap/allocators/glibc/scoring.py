@@ -1,0 +1,124 @@
+"""How well one layout fits what a core holds: each part of a generation's score, by invariants of malloc itself.
+
+Knows: what must hold in every intact malloc_state, sub-heap and tcache. Does not know: which layouts are in question,
+nor what their scores lead to (``identify``).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from coreheap.allocators.glibc import locate
+from coreheap.allocators.glibc.locate import ArenaRing
+from coreheap.allocators.glibc.records import ArenaState, HeapInfo, Layout, read_tcache
+from coreheap.allocators.glibc.tcache import counts_agree, links_of_tcache
+from coreheap.corefile import AddressSpace
+from coreheap.errors import MemoryFault
+from coreheap.evidence import Evidence, Strength
+
+ARENA_ACCEPTED = 0.9
+"""Share of an arena's invariants that must hold before a place counts as an arena at all."""
+
+ARENAS_SAMPLED = 64
+
+
+def arena_score(memory: AddressSpace, state: ArenaState, layout: Layout) -> float:
+    """Share of the invariants of one malloc_state that hold under a layout, between 0 and 1.
+
+    Source: malloc_init_state, sysmalloc, arena_get2 (glibc 2.12-2.44). Half of it are the 127 bins.
+    """
+    word_class = layout.word_class
+    generation = layout.generation
+    flags_allowed = 0b111 if generation.flags_hold_fastchunks else 0b010
+    if state.is_unused:
+        checks = [state.next == state.address, not state.bins.any(), not state.fastbins.any()]
+        return sum(checks) / len(checks) if all(checks) else 0.0
+    number = np.arange(1, 128, dtype=np.uint64)
+    header = np.uint64(layout.bin_header(state.address, 1)) + (number - np.uint64(1)) * np.uint64(
+        word_class.header_bytes
+    )
+    fd, bk = state.bins[0::2], state.bins[1::2]
+    empty = (fd == header) & (bk == header)
+    phase = np.uint64(word_class.granule_phase)
+    mask = np.uint64(word_class.alignment - 1)
+    linked = (
+        (fd != header)
+        & (bk != header)
+        & ((fd & mask) == phase)
+        & ((bk & mask) == phase)
+        & locate.mapped_writable(memory, fd)
+        & locate.mapped_writable(memory, bk)
+    )
+    bins_share = float((empty | linked).mean())
+    fast = state.fastbins[state.fastbins != 0]
+    top = np.array([state.top], dtype=np.uint64)
+    checks = [
+        state.mutex in (0, 1, 2),
+        state.flags & ~flags_allowed == 0,
+        state.system_mem <= state.max_system_mem,
+        state.top == layout.bin_header(state.address, 1)
+        or (
+            (state.top & (word_class.alignment - 1)) == word_class.granule_phase
+            and bool(locate.mapped_writable(memory, top)[0])
+        ),
+        state.system_mem > 0 or state.top == layout.bin_header(state.address, 1),
+        state.attached_threads is None or state.attached_threads < 1 << 20,
+        bool((((fast & mask) == phase) & locate.mapped_writable(memory, fast)).all()),
+        state.next != 0 and bool(locate.mapped_writable(memory, np.array([state.next], np.uint64))[0]),
+    ]
+    return 0.5 * bins_share + 0.5 * sum(checks) / len(checks)
+
+
+def sampled(members: tuple[int, ...]) -> tuple[int, ...]:
+    """Members of a ring, evenly spread and no more than twice ARENAS_SAMPLED: enough to judge a layout by."""
+    return members[:: max(1, len(members) // ARENAS_SAMPLED)]
+
+
+def sub_heap_score(
+    memory: AddressSpace, layout: Layout, ring: ArenaRing, headers: tuple[HeapInfo, ...]
+) -> tuple[float | None, Evidence]:
+    """Share of non-main arenas that lie right behind a heap_info and whose sub-heaps add up to system_mem, to the byte.
+
+    None without such arenas.
+    """
+    committed: dict[int, int] = {}
+    for header in headers:
+        committed[header.ar_ptr] = committed.get(header.ar_ptr, 0) + header.size
+    places = {header.address + layout.heap_info_bytes for header in headers}
+    system_mem_offset = layout.state.offset("system_mem")
+    held = asked = 0
+    for address in ring.others:
+        try:
+            system_mem = memory.read_word(address + system_mem_offset)
+        except MemoryFault:
+            continue
+        asked += 1
+        held += address in places and committed.get(address) == system_mem
+    evidence = Evidence(
+        f"sub-heap sizes add up to system_mem, to the byte, in {held} of {asked} arenas",
+        "sub-heap headers",
+        Strength.PROOF if held == asked else Strength.HINT,
+        speaks_against=held < asked,
+    )
+    return (held / asked if asked else None), evidence
+
+
+def tcache_score(memory: AddressSpace, layout: Layout, addresses: list[int]) -> tuple[float | None, float | None]:
+    """How well tcache structures fit (counts against lists) and how well links decode; None where there is nothing to ask."""
+    if layout.tcache is None or not addresses:
+        return None, None
+    held = asked = link_held = link_asked = 0
+    for address in addresses:
+        try:
+            state = read_tcache(memory, address, layout)
+        except MemoryFault:
+            continue
+        asked += 1
+        held += counts_agree(layout, state)
+        good, seen = links_of_tcache(memory, layout, state.entries, address)
+        link_held += good
+        link_asked += seen
+    return (
+        held / asked if asked else None,
+        link_held / link_asked if link_asked else None,
+    )

@@ -111,6 +111,7 @@ def _thread_cases() -> Iterator[Case]:
     yield Case("threads_small", "threads", small)
     yield Case("plain_small", "plain", ("seed=61",))
     yield Case("fork_child", "fork_child", ("threads=6", "seed=71"))
+    yield Case("fork_child_grows", "fork_child", ("threads=3", "grow=600", "seed=72"))
 
 
 def _arena_cases() -> Iterator[Case]:
@@ -215,6 +216,7 @@ MATRIX_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "non_pie": (*_MIX, "seed=43"),
     "plain_small": ("seed=61",),
     "fork_child": ("threads=3", "seed=71"),
+    "fork_child_grows": ("threads=2", "grow=300", "seed=72"),
     "many_sub_heaps": ("threads=2", "heaps=4", "seed=81"),
     "every_list": ("threads=3", "seed=91"),
     "brk_blocked": ("how=blocked", "seed=101"),

@@ -38,6 +38,7 @@ INTACT = (
     "threads_small",
     "plain_small",
     "fork_child",
+    "fork_child_grows",
     "many_sub_heaps",
     "every_list",
     "brk_blocked",

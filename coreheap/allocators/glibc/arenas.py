@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coreheap.allocators.glibc.identify import Identification
-from coreheap.allocators.glibc.locate import mapping_end
+from coreheap.allocators.glibc.locate import mapping_end, touching_end
 from coreheap.allocators.glibc.records import (
     FREE_LIST_LIMIT,
     ArenaState,
@@ -241,9 +241,9 @@ def _brk_range(
     """
     end = state.top + top_bytes if state.top and top_bytes else 0
     start = sbrk_base or end - state.system_mem
-    mapped_end = mapping_end(core.memory, start)
-    if end == start + state.system_mem and end <= mapped_end:
+    if end == start + state.system_mem and end <= touching_end(core.memory, start):
         return AddressRange(start, end)
+    mapped_end = mapping_end(core.memory, start)
     if top_bytes is not None:
         anomalies.append(
             Anomaly(

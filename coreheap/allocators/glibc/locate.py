@@ -343,11 +343,27 @@ def anonymous_mappings(memory: AddressSpace) -> tuple[UInt64s, UInt64s]:
 
 def mapping_end(memory: AddressSpace, address: int) -> int:
     """Where the writable anonymous mapping that holds an address ends; the address itself where none does."""
+    return _end_of(*anonymous_mappings(memory), address)
+
+
+def touching_end(memory: AddressSpace, address: int) -> int:
+    """Where writable anonymous memory without a gap ends, from an address on; several mappings may share it.
+
+    A break that grows after fork becomes a mapping of its own: the kernel joins none whose anon_vma are not single
+    (mm/mmap.c, is_mergeable_anon_vma).
+    """
+    starts, ends = anonymous_mappings(memory)
+    if not len(starts):
+        return address
+    begins = np.flatnonzero(np.concatenate(([True], starts[1:] != ends[:-1])))
+    return _end_of(starts[begins], ends[np.append(begins[1:], len(starts)) - 1], address)
+
+
+def _end_of(starts: UInt64s, ends: UInt64s, address: int) -> int:
     if not 0 <= address < 1 << 64:
         return address
-    starts, ends = anonymous_mappings(memory)
-    mapping = int(np.searchsorted(starts, np.uint64(address), side="right")) - 1
-    return max(address, int(ends[mapping])) if mapping >= 0 else address
+    row = int(np.searchsorted(starts, np.uint64(address), side="right")) - 1
+    return max(address, int(ends[row])) if row >= 0 else address
 
 
 def anonymous_ranges(core: Core, excluded: list[tuple[int, int]]) -> list[tuple[int, int]]:

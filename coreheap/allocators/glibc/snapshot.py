@@ -306,10 +306,23 @@ class _Assembly:
                 *self._copy_gaps(),
             ),
             totals=sum_of_totals(region.totals for region in self.regions),
+            own_ranges=self._own_ranges(),
             mmapped_totals=mmapped_totals,
             mmapped_count=len(mapped),
             mmapped_bytes=int(mapped.mapping_bytes.sum()),
         )
+
+    def _own_ranges(self) -> tuple[AddressRange, ...]:
+        """malloc_state of every arena, and malloc_par: their bins, top and last_remainder hold no block."""
+        state_bytes, found = self.found.layout.state.byte_count, self.found.parameters
+        ranges = [
+            AddressRange(facts.address, facts.address + state_bytes)
+            for facts in self.survey.arenas
+            if facts.address is not None
+        ]
+        if found is not None:
+            ranges.append(AddressRange(found.address, found.address + self.found.layout.parameters.byte_count))
+        return tuple(ranges)
 
     def _arena(self, facts: ArenaFacts) -> Arena:
         state = facts.state

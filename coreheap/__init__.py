@@ -1,6 +1,7 @@
 """coreheap: what a process's native heap looked like, from its core file alone.
 
-``open(path)`` gives a ``Core`` (a context manager), ``analyze(core)`` a ``Report``. Names are imported when they are
+``open(path)`` gives a ``Core`` (a context manager), ``analyze(core)`` a ``Report``, ``analyze_with_references(core)`` the
+same with a ``References`` object that says who holds what while the core is open. Names are imported when they are
 first used, so that ``coreheap --help`` answers at once.
 """
 
@@ -10,11 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from coreheap.analysis import AnalysisOptions, analyze
+    from coreheap.analysis import AnalysisOptions, analyze, analyze_with_references
     from coreheap.corefile import Core
     from coreheap.corefile import open_core as open
     from coreheap.errors import CoreheapError, InputNotUsable, MemoryFault, UnsupportedCore
     from coreheap.heap import ChunkBatch, ChunkState, ChunkTable, HeapSnapshot
+    from coreheap.leak_search import References
+    from coreheap.leaks import Explanation, LeakGroup, LeakReport, OwnerNode, RetainedReport, Verdict
     from coreheap.report import Finding, LedgerNode, Report
 
 _PLACES = {
@@ -24,14 +27,22 @@ _PLACES = {
     "ChunkTable": "coreheap.heap",
     "Core": "coreheap.corefile",
     "CoreheapError": "coreheap.errors",
+    "Explanation": "coreheap.leaks",
     "Finding": "coreheap.report",
     "HeapSnapshot": "coreheap.heap",
     "InputNotUsable": "coreheap.errors",
+    "LeakGroup": "coreheap.leaks",
+    "LeakReport": "coreheap.leaks",
     "LedgerNode": "coreheap.report",
     "MemoryFault": "coreheap.errors",
+    "OwnerNode": "coreheap.leaks",
+    "References": "coreheap.leak_search",
     "Report": "coreheap.report",
+    "RetainedReport": "coreheap.leaks",
     "UnsupportedCore": "coreheap.errors",
+    "Verdict": "coreheap.leaks",
     "analyze": "coreheap.analysis",
+    "analyze_with_references": "coreheap.analysis",
     "open": "coreheap.corefile",
 }
 
@@ -42,14 +53,22 @@ __all__ = [
     "ChunkTable",
     "Core",
     "CoreheapError",
+    "Explanation",
     "Finding",
     "HeapSnapshot",
     "InputNotUsable",
+    "LeakGroup",
+    "LeakReport",
     "LedgerNode",
     "MemoryFault",
+    "OwnerNode",
+    "References",
     "Report",
+    "RetainedReport",
     "UnsupportedCore",
+    "Verdict",
     "analyze",
+    "analyze_with_references",
     "open",
 ]
 

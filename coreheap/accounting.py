@@ -12,14 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from coreheap.corefile import Core
+from coreheap.corefile.kinds import RegionLabel, region_labels
 from coreheap.heap import ChunkState, HeapSnapshot, RegionKind
 from coreheap.report import LedgerNode
 
 UInt64s = npt.NDArray[np.uint64]
-
-READ, WRITE, EXECUTE = 4, 2, 1
-AT_SYSINFO_EHDR = 33
-"""Auxiliary vector: address of the vdso (include/uapi/linux/auxvec.h)."""
 
 CHUNK_STATES_IN_ORDER = (
     ChunkState.IN_USE,
@@ -34,19 +31,6 @@ CHUNK_STATES_IN_ORDER = (
     ChunkState.FENCEPOST,
     ChunkState.DAMAGED,
 )
-
-REGION_LABELS = (
-    "module_text",
-    "module_rodata",
-    "module_data",
-    "module_bss",
-    "mapped_files",
-    "kernel_pages",
-    "thread_stacks",
-    "no_access",
-    "other_anonymous",
-)
-"""What a region's unclaimed bytes can be; kernel_pages is the vdso."""
 
 
 @dataclass(slots=True)
@@ -102,15 +86,15 @@ def build_ledger(core: Core, heap: HeapSnapshot | None) -> LedgerNode:
     region = inside(memory.region_start, memory.region_end, piece_start)
     mapped = region >= 0
     piece_start, piece_bytes, region = piece_start[mapped], piece_bytes[mapped], region[mapped]
-    label_of_piece = len(labels) + region_kinds(core)[region]
+    label_of_piece = len(labels) + region_labels(core)[region]
     for number in reversed(range(len(labels))):
         label_of_piece[inside(*ranges[number], piece_start) >= 0] = number
-    sums = np.zeros(len(labels) + len(REGION_LABELS), np.uint64)
+    sums = np.zeros(len(labels) + len(RegionLabel), np.uint64)
     np.add.at(sums, label_of_piece, piece_bytes)
     by_claim = dict(zip(labels, sums.tolist(), strict=False))
     others = [
-        LedgerNode(name, byte_count)
-        for name, byte_count in zip(REGION_LABELS, sums[len(labels) :].tolist(), strict=True)
+        LedgerNode(label.name.lower(), byte_count)
+        for label, byte_count in zip(RegionLabel, sums[len(labels) :].tolist(), strict=True)
     ]
     if heap is None:
         return LedgerNode.of("address_space", *others)
@@ -190,40 +174,3 @@ def _malloc_node(heap: HeapSnapshot, claimed: dict[str, int]) -> LedgerNode:
             LedgerNode("overhead", total - in_use - cached_bytes),
         ),
     )
-
-
-def region_kinds(core: Core) -> npt.NDArray[np.int64]:
-    """For each region an index into REGION_LABELS, for the bytes that the heap does not claim; int64[regions].
-
-    A stack is the region that holds a thread's stack pointer; bss is the anonymous memory that directly follows a
-    module's data. What cannot be told is other_anonymous.
-    """
-    memory = core.memory
-    flags, files = memory.region_flags, memory.region_file_index
-    label = {name: number for number, name in enumerate(REGION_LABELS)}
-    kinds = np.full(len(flags), label["other_anonymous"], np.int64)
-    kinds[flags & (READ | WRITE | EXECUTE) == 0] = label["no_access"]
-    has_file = files >= 0
-    in_module = np.zeros(len(flags), bool)
-    for module in core.modules:
-        first, last = np.searchsorted(memory.region_start, np.array([module.start, module.end], np.uint64)).tolist()
-        in_module[first:last] = True
-    kinds[has_file] = label["mapped_files"]
-    of_module = has_file & in_module
-    kinds[of_module] = label["module_rodata"]
-    kinds[of_module & ((flags & EXECUTE) != 0)] = label["module_text"]
-    kinds[of_module & ((flags & WRITE) != 0)] = label["module_data"]
-    if len(flags) > 1:
-        follows = np.concatenate(([False], memory.region_start[1:] == memory.region_end[:-1]))
-        behind_data = np.concatenate(([False], kinds[:-1] == label["module_data"]))
-        bss = follows & behind_data & ~has_file & ((flags & WRITE) != 0)
-        kinds[bss] = label["module_bss"]
-    vdso = memory.region_index(core.auxv.get(AT_SYSINFO_EHDR, 0))
-    if vdso is not None:
-        kinds[vdso] = label["kernel_pages"]
-    for thread in core.threads:
-        if thread.stack_pointer:
-            index = memory.region_index(thread.stack_pointer)
-            if index is not None and not has_file[index]:
-                kinds[index] = label["thread_stacks"]
-    return kinds

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from coreheap.accounting import build_ledger
 from coreheap.allocators.glibc import GlibcAllocator
@@ -16,6 +19,7 @@ from coreheap.corefile import Core
 from coreheap.evidence import Confidence, Gap
 from coreheap.heap import LISTED_FREE_STATES, ChunkState, HeapSnapshot, StateTotals, sum_of_totals
 from coreheap.kernels import active_name
+from coreheap.leaks import LeakReport, Verdict
 from coreheap.report import (
     CoreSummary,
     Finding,
@@ -27,20 +31,41 @@ from coreheap.report import (
     VerdictItem,
 )
 
+if TYPE_CHECKING:
+    from coreheap.leak_search import LeakSearch, References
+
 ALLOCATORS = (GlibcAllocator(),)
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
 class AnalysisOptions:
-    """What ``analyze`` should do. ``progress`` is told what is being done; it must not print to stdout."""
+    """What ``analyze`` should do. ``progress`` is told what is being done; it must not print to stdout.
+
+    ``leaks`` looks for leaks: every pointer in the core is followed. ``retained`` computes as well what each chunk
+    keeps alive, which takes longer than all else together; it is of no use without ``leaks``.
+    """
 
     progress: Progress = lambda phase, done, total: None
+    leaks: bool = True
+    retained: bool = False
 
 
 def analyze(core: Core, options: AnalysisOptions | None = None) -> Report:
     """Everything that coreheap can say about a core.
 
     Raises nothing for damaged or missing heap data: that is in the report's anomalies, gaps and defects.
+    """
+    report, _ = analyze_with_references(core, options)
+    return report
+
+
+def analyze_with_references(core: Core, options: AnalysisOptions | None = None) -> tuple[Report, References | None]:
+    """The report of ``analyze``, and an object to ask who holds what, as long as the core is open.
+
+    The latter is None without a heap, without ``options.leaks``, and where the report has the gap
+    ``leak_check_impossible``.
     """
     options = options or AnalysisOptions()
     clock = _Clock()
@@ -54,12 +79,18 @@ def analyze(core: Core, options: AnalysisOptions | None = None) -> Report:
     heap: HeapSnapshot | None = None
     for allocator in ALLOCATORS:
         heap = heap or allocator.snapshot(core, progress)
+    defects: list[str] = []
+    search = _search_leaks(core, heap, options, progress, defects) if heap is not None and options.leaks else None
+    if search is not None:
+        heap = search.heap
+    leaks, retained = (search.leaks, search.retained) if search else (None, None)
     progress("accounting for all memory", 0, None)
     ledger = build_ledger(core, heap)
-    gaps = (*core.gaps, *(heap.gaps if heap else ()))
-    findings, defects = _run_checks(Case(core, heap, ledger, gaps), progress)
+    gaps = (*core.gaps, *(heap.gaps if heap else ()), *(search.gaps if search else ()))
+    findings = _run_checks(Case(core, heap, ledger, gaps, leaks, retained), progress, defects)
     clock.stop()
-    return Report(
+    is_partial = core.truncated or bool(heap is not None and heap.gaps) or bool(defects)
+    report = Report(
         tool_version=tool_version(),
         kernels=active_name,
         core=_core_summary(core),
@@ -69,15 +100,18 @@ def analyze(core: Core, options: AnalysisOptions | None = None) -> Report:
         totals=_totals(heap),
         ledger=ledger,
         findings=findings,
-        verdict=_verdict(core, ledger, heap, findings),
+        verdict=(*_verdict(core, ledger, heap, findings), *_leak_verdict(leaks, findings)),
         anomalies=heap.anomalies if heap else (),
         anomaly_count=heap.anomaly_count if heap else 0,
         gaps=(*gaps, *(Gap("check_failed", defect) for defect in defects)),
         phases=tuple(clock.phases),
-        is_partial=core.truncated or bool(heap is not None and heap.gaps) or bool(defects),
+        is_partial=is_partial or (search is not None and (leaks is None or (options.retained and retained is None))),
         other_allocators=tuple(finding.subject for finding in findings if finding.code == "OTHER-ALLOCATOR"),
-        defects=defects,
+        defects=tuple(defects),
+        leaks=leaks,
+        retained=retained,
     )
+    return report, search.references if search else None
 
 
 def tool_version() -> str:
@@ -88,18 +122,32 @@ def tool_version() -> str:
         return "unknown"
 
 
-def _run_checks(case: Case, progress: Progress) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
-    """All findings, the gravest first; a check that fails becomes a defect, and the others still run."""
+def _answer(name: str, question: Callable[[], Answer], defects: list[str]) -> Answer | None:
+    """What a part of the analysis answers. One that fails becomes a defect, and the others still run."""
+    try:
+        return question()
+    except Exception as error:  # noqa: BLE001 - the one broad except: a defect must not cost the report
+        defects.append(f"{name}: {type(error).__name__}: {error}")
+        return None
+
+
+def _search_leaks(
+    core: Core, heap: HeapSnapshot, options: AnalysisOptions, progress: Progress, defects: list[str]
+) -> LeakSearch | None:
+    # Imported here: without leaks nothing of it is needed.
+    from coreheap.leak_search import search_leaks
+
+    return _answer("leak search", lambda: search_leaks(core, heap, progress, retained=options.retained), defects)
+
+
+def _run_checks(case: Case, progress: Progress, defects: list[str]) -> tuple[Finding, ...]:
+    """All findings, the gravest first."""
     findings: list[Finding] = []
-    defects: list[str] = []
     for number, check in enumerate(CHECKS):
         progress("checking", number, len(CHECKS))
-        try:
-            findings.extend(check.findings(case))
-        except Exception as error:  # noqa: BLE001 - the one broad except: a defect must not cost the report
-            defects.append(f"check {check.name!r}: {type(error).__name__}: {error}")
+        findings.extend(_answer(f"check {check.name!r}", partial(check.findings, case), defects) or ())
     findings.sort(key=lambda finding: (-finding.severity.rank, -finding.confidence.rank, finding.code))
-    return tuple(findings), tuple(defects)
+    return tuple(findings)
 
 
 class _Clock:
@@ -243,3 +291,17 @@ def _verdict(
         if byte_count
     ]
     return tuple(sorted(items, key=lambda item: -item.bytes))
+
+
+def _leak_verdict(leaks: LeakReport | None, findings: tuple[Finding, ...]) -> Iterator[VerdictItem]:
+    """What of the live chunks is lost, where a finding says that it matters."""
+    parts = {
+        "LEAK": ("lost", (Verdict.DEFINITELY_LOST, Verdict.INDIRECTLY_LOST)),
+        "POSSIBLE-LEAK": ("possibly_lost", (Verdict.POSSIBLY_LOST,)),
+    }
+    for finding in findings:
+        if leaks is None or finding.code not in parts:
+            continue
+        topic, verdicts = parts[finding.code]
+        part, whole = leaks.total(*verdicts).usable_bytes, leaks.total().usable_bytes
+        yield VerdictItem(topic, part, whole, "live_chunks", finding.confidence)

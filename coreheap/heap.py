@@ -285,6 +285,7 @@ class ChunkBatch:
     arena: int
     sub_heap: int
     is_mmapped: bool
+    verdict: UInt8s | None = None
 
     def __len__(self) -> int:
         return len(self.header_address)
@@ -303,6 +304,8 @@ class ChunkTable:
     regions: tuple[ChunkRegion, ...]
     word_bytes: int
     mmapped_overhead_bytes: int
+    verdict: UInt8s | None = None
+    """A ``leaks.Verdict`` for each chunk, uint8[chunks]; None where leaks were not looked for."""
 
     def __len__(self) -> int:
         return self.index.chunk_count
@@ -340,6 +343,7 @@ class ChunkTable:
                     region.arena,
                     region.sub_heap,
                     False,
+                    self._verdicts(row, len(header)),
                 )
                 row += len(header)
         mmapped = self.index.mmapped
@@ -356,7 +360,11 @@ class ChunkTable:
                 NO_INDEX,
                 NO_INDEX,
                 True,
+                self._verdicts(self.index.region_chunks + first, len(header)),
             )
+
+    def _verdicts(self, first: int, count: int) -> UInt8s | None:
+        return None if self.verdict is None else self.verdict[first : first + count]
 
 
 def usable_bytes_of(chunk_bytes: UInt64s, state: UInt8s, word_bytes: int) -> UInt64s:
@@ -385,6 +393,8 @@ class HeapSnapshot:
     anomaly_count: int
     gaps: tuple[Gap, ...]
     totals: StateTotals
+    own_ranges: tuple[AddressRange, ...] = ()
+    """The allocator's own globals outside of its heap (malloc_state, malloc_par): what they point to is not held by them."""
     mmapped_totals: StateTotals = field(default_factory=dict)
     mmapped_count: int = 0
     mmapped_bytes: int = 0

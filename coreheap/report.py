@@ -10,6 +10,7 @@ from enum import Enum
 
 from coreheap.evidence import Anomaly, Confidence, Evidence, Gap
 from coreheap.heap import HeapSnapshot, StateTotals
+from coreheap.leaks import LeakReport, RetainedReport
 
 
 class Severity(Enum):
@@ -168,7 +169,9 @@ class VerdictItem:
 class Report:
     """Everything that ``analyze`` found. ``heap`` is None where there is no glibc heap that could be read.
 
-    ``verdict`` has the most important item first. ``is_partial`` says that gaps touch the heap's numbers.
+    ``verdict`` has the most important item first. ``is_partial`` says that gaps touch the heap's numbers, or that a
+    part which was asked for is missing. ``leaks`` is None where leaks were not looked for, or could not be;
+    ``retained`` where retained sizes were not asked for.
     """
 
     tool_version: str
@@ -189,3 +192,5 @@ class Report:
     other_allocators: tuple[str, ...] = field(default=())
     defects: tuple[str, ...] = field(default=())
     """Checks that failed because of a defect of coreheap itself; the report is still valid without them."""
+    leaks: LeakReport | None = None
+    retained: RetainedReport | None = None

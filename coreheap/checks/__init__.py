@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from coreheap.checks import (
+    accumulation,
     allocator_abort,
     arena_bloat,
+    leaks,
     other_allocator,
     partial_core,
     retained_free,
@@ -17,6 +19,8 @@ CHECKS = (
     Check("allocator abort", allocator_abort.findings),
     Check("arena bloat", arena_bloat.findings),
     Check("retained free", retained_free.findings),
+    Check("leaks", leaks.findings),
+    Check("accumulation", accumulation.findings),
 )
 
 __all__ = ["CHECKS", "Case", "Check"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from coreheap.corefile import Core
 from coreheap.evidence import Gap
 from coreheap.heap import HeapSnapshot
+from coreheap.leaks import LeakReport, RetainedReport
 from coreheap.report import Finding, LedgerNode
 
 
@@ -18,13 +19,16 @@ from coreheap.report import Finding, LedgerNode
 class Case:
     """Everything that checks may look at. ``heap`` is None where no glibc heap was found.
 
-    ``gaps`` are all gaps of the core and of the heap together.
+    ``gaps`` are all gaps of the core and of the heap together. ``leaks`` is None where leaks were not looked for,
+    ``retained`` where retained sizes were not.
     """
 
     core: Core
     heap: HeapSnapshot | None
     ledger: LedgerNode
     gaps: tuple[Gap, ...]
+    leaks: LeakReport | None = None
+    retained: RetainedReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import NoReturn
 from rich_argparse import RawDescriptionRichHelpFormatter
 
 from coreheap.errors import UsageError
-from coreheap.quantities import parse_bytes
+from coreheap.quantities import parse_address, parse_bytes
 
 SEVERITIES = ("info", "warning", "error")
 """Equal to ``report.Severity``, which is not imported for the sake of speed; a test compares them."""
@@ -37,7 +37,20 @@ CHUNK_STATES = (
 )
 """Equal to the labels of ``heap.ChunkState``; a test compares them."""
 
-TABLE_COMMANDS = ("arenas", "heaps", "chunks", "bins", "threads")
+VERDICTS = ("definitely_lost", "indirectly_lost", "possibly_lost", "weakly_held", "still_reachable")
+"""Equal to the labels of ``leaks.Verdict``; a test compares them."""
+
+TABLE_COMMANDS = ("arenas", "heaps", "chunks", "bins", "threads", "leaks", "top")
+"""Commands that write rows: text, JSON lines or CSV."""
+ADDRESS_COMMANDS = ("explain", "owners")
+"""Commands that answer for addresses: text, or a JSON line for each."""
+
+REFERENCE_COMMANDS = ("leaks", "explain", "owners", "top")
+"""Commands that need the reference graph."""
+
+DEEPEST = 16
+WIDEST = 1000
+"""Limits of ``owners``: a tree of more is no answer."""
 
 
 class OutputFormat(Enum):
@@ -53,7 +66,7 @@ class Request:
     """What the user asked for. None means: not said.
 
     ``verbosity`` is 0, more with -v, less with -q. ``states`` are labels of chunk states; byte limits apply to
-    chunk_bytes and are inclusive.
+    chunk_bytes and are inclusive. ``verdicts`` are labels of verdicts, ``lists_chunks`` asks for rows of single chunks.
     """
 
     command: str
@@ -73,6 +86,13 @@ class Request:
     arena: int | None = None
     min_bytes: int | None = None
     max_bytes: int | None = None
+    leaks: bool = False
+    retained: bool = False
+    verdicts: tuple[str, ...] = ()
+    lists_chunks: bool = False
+    addresses: tuple[int, ...] = ()
+    depth: int | None = None
+    limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +153,43 @@ _COMMANDS = {
         (
             ("coreheap threads core.1234", "who uses which arena"),
             ("coreheap threads core.1234 --json | jq 'select(.arena == 3)'", "the threads of one arena"),
+        ),
+    ),
+    "leaks": _Command(
+        "who is lost: groups of chunks that nothing leads to",
+        "Follows every pointer in the core and lists the chunks that the program can no longer free, in groups.",
+        (
+            ("coreheap leaks core.1234", "the suspects, the surest and largest first"),
+            (
+                "coreheap leaks core.1234 --list --csv -o lost.csv",
+                "every chunk that is lost, perhaps lost or weakly held",
+            ),
+            ("coreheap leaks core.1234 --list --verdict definitely_lost --json", "the leaders alone"),
+        ),
+    ),
+    "explain": _Command(
+        "what an address is, who holds it, and what it leads to",
+        "Says what lies at addresses: the chunk, its neighbours, who leads to it and what it leads to.",
+        (
+            ("coreheap explain core.1234 0x7f3a10000020", "one address"),
+            ("coreheap explain core.1234 0x7f3a10000020 0x55d0e8a012a0 --json", "several, a JSON line each"),
+            ("coreheap explain core.1234 0x7f3a10000020 --retained", "with what would go with it"),
+        ),
+    ),
+    "owners": _Command(
+        "who holds an address, and who holds them",
+        "Shows who leads to a chunk, and who leads to these, as a tree.",
+        (
+            ("coreheap owners core.1234 0x7f3a10000020", "three levels"),
+            ("coreheap owners core.1234 0x7f3a10000020 --depth 6 --limit 3", "deeper and narrower"),
+        ),
+    ),
+    "top": _Command(
+        "what keeps most memory alive: retained sizes, containers that grew",
+        "Lists the chunks without which most memory would go, and holders of very many like chunks.",
+        (
+            ("coreheap top core.1234", "the largest"),
+            ("coreheap top core.1234 --top 200 --csv", "more of them, for a spreadsheet"),
         ),
     ),
 }
@@ -201,10 +258,17 @@ def parse_arguments(words: Sequence[str]) -> Request:
         top=spoken.top,
         fail_on=getattr(spoken, "fail_on", None),
         strict=spoken.strict,
-        states=_states(getattr(spoken, "state", ())),
+        states=_words(getattr(spoken, "state", ()), CHUNK_STATES, "chunk state", "chunks"),
         arena=getattr(spoken, "arena", None),
         min_bytes=getattr(spoken, "min_bytes", None),
         max_bytes=getattr(spoken, "max_bytes", None),
+        leaks=getattr(spoken, "leaks", spoken.command in REFERENCE_COMMANDS),
+        retained=getattr(spoken, "retained", False),
+        verdicts=_words(getattr(spoken, "verdict", ()), VERDICTS, "verdict", "leaks"),
+        lists_chunks=getattr(spoken, "list", False),
+        addresses=tuple(getattr(spoken, "addresses", ())),
+        depth=getattr(spoken, "depth", None),
+        limit=getattr(spoken, "limit", None),
     )
 
 
@@ -242,14 +306,21 @@ def _exit_codes(command: str) -> str:
 
 def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument("core", metavar="CORE", help="the core file; .zst, .lz4, .xz and .gz are unpacked")
-    is_table = command in TABLE_COMMANDS
+    is_table, is_asked = command in TABLE_COMMANDS, command in ADDRESS_COMMANDS
+    if is_asked:
+        address_help = "an address: 0x7f3a10000020, or decimal digits"
+        parser.add_argument("addresses", metavar="ADDRESS", nargs="+", type=_worded(_address), help=address_help)
     if command == "chunks":
         _add_chunk_filters(parser)
+    elif command in ("leaks", "analyze", *ADDRESS_COMMANDS):
+        _add_reference_options(parser, command)
     result = parser.add_argument_group("result")
     formats = ("text", "json", "csv") if is_table else ("text", "json")
     form = result.add_mutually_exclusive_group()
     form.add_argument("--format", choices=formats, default="text", help="how to write the result (text)")
     json_help = "all rows as JSON lines" if is_table else "the whole report as one JSON document"
+    if is_asked:
+        json_help = "a JSON line for each address"
     form.add_argument("--json", action="store_const", dest="format", const="json", help=json_help)
     if is_table:
         csv_help = "all rows as CSV with a header line"
@@ -258,9 +329,12 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         "-o", dest="output", metavar="FILE", help="write to FILE, whole or not at all (standard output)"
     )
     top_help = "rows to show, largest first (50)" if is_table else "arenas to show, largest first (10)"
-    result.add_argument("--top", metavar="N", type=_worded(_positive), help=top_help)
+    if is_asked:
+        result.set_defaults(top=None)
+    else:
+        result.add_argument("--top", metavar="N", type=_worded(_positive), help=top_help)
     result.add_argument("--no-color", dest="color", action="store_false", help="no colours; NO_COLOR=1 says the same")
-    if not is_table:
+    if command == "analyze":
         result.add_argument("--fail-on", choices=SEVERITIES, help="exit with 1 when a finding is at least this severe")
     result.add_argument("--strict", action="store_true", help="exit with 4 when the result is partial")
     files = parser.add_argument_group("files of the dumped process")
@@ -302,6 +376,38 @@ def _add_chunk_filters(parser: argparse.ArgumentParser) -> None:
             type=_worded(parse_bytes),
             help=f"only chunks of {meaning} this many bytes, header included: 4096, 64K, 1.5MiB",
         )
+    parser.add_argument_group("leaks").add_argument(
+        "--leaks", action="store_true", help="look for leaks; rows then have a verdict"
+    )
+
+
+def _add_reference_options(parser: argparse.ArgumentParser, command: str) -> None:
+    group = parser.add_argument_group("leaks" if command in ("leaks", "analyze") else "references")
+    if command == "analyze":
+        group.add_argument(
+            "--no-leaks", dest="leaks", action="store_false", help="do not look for leaks; that saves time and memory"
+        )
+        group.add_argument(
+            "--retained", action="store_true", help="compute what each chunk keeps alive, and find containers that grew"
+        )
+        group.set_defaults(leaks=True)
+    elif command == "leaks":
+        group.add_argument("--list", action="store_true", help="a row for each chunk, not for each group")
+        group.add_argument(
+            "--verdict",
+            metavar="VERDICT",
+            action="append",
+            default=[],
+            help="only these verdicts, separated by commas or given repeatedly: " + ", ".join(VERDICTS),
+        )
+    elif command == "explain":
+        group.add_argument(
+            "--limit", metavar="N", type=_worded(_up_to(WIDEST)), help="holders and targets to tell of each (20)"
+        )
+        group.add_argument("--retained", action="store_true", help="compute what would go with each chunk")
+    else:
+        group.add_argument("--depth", metavar="N", type=_worded(_up_to(DEEPEST)), help="levels of owners (3)")
+        group.add_argument("--limit", metavar="N", type=_worded(_up_to(WIDEST)), help="owners of each chunk (10)")
 
 
 def _worded(convert: Callable[[str], int]) -> Callable[[str], int]:
@@ -328,13 +434,30 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _states(spoken: Sequence[str]) -> tuple[str, ...]:
-    states = [word.strip().lower().replace("-", "_") for words in spoken for word in words.split(",")]
-    for state in states:
-        if state not in CHUNK_STATES:
+def _up_to(limit: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= limit and len(text) < 9):
+            raise ValueError(f"{text!r} is not a number from 1 to {limit}")
+        return int(text)
+
+    return number
+
+
+def _address(text: str) -> int:
+    """An address: decimal digits alone, else hex with 0x, or hex digits of which one is a letter."""
+    if text.isascii() and text.isdigit() and len(text) <= 20 and int(text) < 1 << 64:
+        return int(text)
+    return parse_address(text)
+
+
+def _words(spoken: Sequence[str], known: Sequence[str], what: str, command: str) -> tuple[str, ...]:
+    """Words of a list, separated by commas or given repeatedly. Raises UsageError for one that is not known."""
+    said = [word.strip().lower().replace("-", "_") for words in spoken for word in words.split(",")]
+    for word in said:
+        if word not in known:
             raise UsageError(
-                f"there is no chunk state {state!r}",
-                expected=f"one of {', '.join(CHUNK_STATES)}",
-                next_step="see coreheap chunks --help",
+                f"there is no {what} {word!r}",
+                expected=f"one of {', '.join(known)}",
+                next_step=f"see coreheap {command} --help",
             )
-    return tuple(dict.fromkeys(states))
+    return tuple(dict.fromkeys(said))

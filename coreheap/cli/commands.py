@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from coreheap.cli import pipeline
-from coreheap.cli.arguments import OutputFormat, Request
+from coreheap.cli.arguments import REFERENCE_COMMANDS, OutputFormat, Request
 from coreheap.cli.exit_codes import ExitCode
 from coreheap.cli.messages import say_warning
 from coreheap.cli.output import Output, check_output, opened_output
 from coreheap.cli.progress import ProgressReporter, is_wanted
 from coreheap.errors import UsageError
 from coreheap.heap import ChunkState
+from coreheap.leaks import Explanation, OwnerNode, Verdict
 from coreheap.render import rows, tables
 from coreheap.report import Report, Severity
 
@@ -27,8 +28,17 @@ ROWS_SHOWN = 50
 """Rows of a table command's text, unless --top says otherwise."""
 ARENAS_SHOWN = 10
 """Arenas in the report's text, unless --top says otherwise."""
+REFERENCES_SHOWN = 20
+"""Holders and targets of ``explain``, unless --limit says otherwise."""
+OWNER_LEVELS, OWNERS_SHOWN = 3, 10
+"""Levels of ``owners`` and owners of each chunk, unless --depth and --limit say otherwise."""
 PLAIN_WIDTH = 80
 """Columns of text that goes to no terminal."""
+
+SUSPECT_VERDICTS = frozenset(
+    {Verdict.DEFINITELY_LOST, Verdict.INDIRECTLY_LOST, Verdict.POSSIBLY_LOST, Verdict.WEAKLY_HELD}
+)
+"""What ``leaks --list`` lists, unless --verdict says otherwise."""
 
 _LARGEST_BY = {"arenas": "system_mem", "heaps": "committed_bytes", "bins": "chunk_bytes", "threads": "tcache_bytes"}
 
@@ -36,14 +46,24 @@ _LARGEST_BY = {"arenas": "system_mem", "heaps": "committed_bytes", "bins": "chun
 def run(request: Request) -> ExitCode:
     """Do what was asked for. Raises CoreheapError."""
     check_output(request.output, request.core)
-    with ProgressReporter(is_wanted(request.verbosity)) as progress, pipeline.analyzed(request, progress) as report:
-        progress.close()
-        with opened_output(request.output) as output:
-            for piece in _document(report, request, output):
-                output.write(piece)
-        if request.verbosity >= 0:
-            _warn(report, request)
-        return exit_code_of(report, request)
+    with ProgressReporter(is_wanted(request.verbosity)) as progress:
+        if request.command in REFERENCE_COMMANDS:
+            with pipeline.explored(request, progress) as (report, explorer):
+                return _finish(report, request, progress, explorer)
+        with pipeline.analyzed(request, progress) as report:
+            return _finish(report, request, progress, None)
+
+
+def _finish(
+    report: Report, request: Request, progress: ProgressReporter, explorer: pipeline.Explorer | None
+) -> ExitCode:
+    progress.close()
+    with opened_output(request.output) as output:
+        for piece in _document(report, request, output, explorer):
+            output.write(piece)
+    if request.verbosity >= 0:
+        _warn(report, request)
+    return exit_code_of(report, request)
 
 
 def exit_code_of(report: Report, request: Request) -> ExitCode:
@@ -71,9 +91,13 @@ def _warn(report: Report, request: Request) -> None:
         say_warning(f"partial result, {len(report.gaps)} gaps; coreheap analyze lists them")
 
 
-def _document(report: Report, request: Request, output: Output) -> Iterator[bytes | bytearray]:
+def _document(
+    report: Report, request: Request, output: Output, explorer: pipeline.Explorer | None
+) -> Iterator[bytes | bytearray]:
     """The document, piece by piece."""
-    if request.command == "chunks":
+    if explorer is not None:
+        yield from _about_references(report, request, output, explorer)
+    elif request.command == "chunks":
         yield from _chunks(report, request, output)
     elif request.command == "analyze":
         yield _analysis(report, request, output)
@@ -115,6 +139,13 @@ def _chunks(report: Report, request: Request, output: Output) -> Iterator[bytes 
     states = frozenset(ChunkState[state.upper()] for state in request.states) or None
     wanted = rows.ChunkFilter(states, request.arena, request.min_bytes, request.max_bytes)
     found = rows.wanted_rows(heap.chunks.batches() if heap else (), arenas, wanted)
+    columns = (*rows.CHUNK_COLUMNS, rows.VERDICT_COLUMN) if request.leaks else rows.CHUNK_COLUMNS
+    yield from _chunk_rows(found, columns, request, output)
+
+
+def _chunk_rows(
+    found: Iterator[rows.ChunkRows], columns: tuple[str, ...], request: Request, output: Output
+) -> Iterator[bytes | bytearray]:
     if request.format is OutputFormat.TEXT:
         from coreheap.render.terminal_tables import chunks_text
 
@@ -122,10 +153,69 @@ def _chunks(report: Report, request: Request, output: Output) -> Iterator[bytes 
         yield _encoded(chunks_text(largest, _style(request, output, ROWS_SHOWN)), output)
         return
     row_format = rows.RowFormat(request.format.value)
-    yield rows.header_line(row_format)
-    yield from rows.row_texts(
-        found if request.top is None else rows.largest_chunks(found, request.top).rows, row_format
+    yield rows.header_line(row_format, columns)
+    shown = found if request.top is None else rows.largest_chunks(found, request.top).rows
+    yield from rows.row_texts(shown, row_format, columns)
+
+
+def _about_references(
+    report: Report, request: Request, output: Output, explorer: pipeline.Explorer
+) -> Iterator[bytes | bytearray]:
+    if request.command == "leaks" and request.lists_chunks:
+        heap = report.heap
+        wanted = rows.ChunkFilter(verdicts=_verdicts(request) or SUSPECT_VERDICTS)
+        batches, arenas = (heap.chunks.batches(), heap.arenas) if heap else (iter(()), ())
+        found = rows.wanted_rows(batches, arenas, wanted, explorer.group_numbers())
+        yield from _chunk_rows(found, rows.LEAK_COLUMNS, request, output)
+    elif request.format is OutputFormat.TEXT:
+        yield _encoded(_references_text(report, request, _style(request, output, ROWS_SHOWN), explorer), output)
+    elif request.command in ("leaks", "top"):
+        from coreheap.render.leak_tables import leak_groups_table, retained_table
+
+        if request.command == "leaks":
+            table = leak_groups_table(report.leaks, _verdicts(request))
+        else:
+            table = retained_table(explorer.retained(request.top or ROWS_SHOWN))
+        if request.top is not None:
+            table = tables.Table(table.columns, table.rows[: request.top])
+        yield (tables.csv_text(table) if request.format is OutputFormat.CSV else tables.json_lines(table)).encode()
+    else:
+        from coreheap.render.leak_documents import explanation_line, owners_line
+
+        for address in request.addresses:
+            if request.command == "explain":
+                yield explanation_line(_explained(address, request, explorer)).encode()
+            else:
+                yield owners_line(explorer.explain(address, limit=1), _owners(address, request, explorer)).encode()
+
+
+def _references_text(report: Report, request: Request, style: PageStyle, explorer: pipeline.Explorer) -> str:
+    from coreheap.render import terminal_leaks
+
+    if request.command == "leaks":
+        return terminal_leaks.leaks_text(report.leaks, style, _verdicts(request))
+    if request.command == "top":
+        return terminal_leaks.retained_text(explorer.retained(style.top), style)
+    if request.command == "explain":
+        return terminal_leaks.explanations_text(
+            [_explained(address, request, explorer) for address in request.addresses], style
+        )
+    return terminal_leaks.owners_text(
+        [(explorer.explain(address, limit=1), _owners(address, request, explorer)) for address in request.addresses],
+        style,
     )
+
+
+def _explained(address: int, request: Request, explorer: pipeline.Explorer) -> Explanation:
+    return explorer.explain(address, limit=request.limit or REFERENCES_SHOWN, retained=request.retained)
+
+
+def _owners(address: int, request: Request, explorer: pipeline.Explorer) -> tuple[OwnerNode, ...]:
+    return explorer.owners(address, depth=request.depth or OWNER_LEVELS, limit=request.limit or OWNERS_SHOWN)
+
+
+def _verdicts(request: Request) -> frozenset[Verdict]:
+    return frozenset(Verdict[verdict.upper()] for verdict in request.verdicts)
 
 
 def _style(request: Request, output: Output, top: int) -> PageStyle:

@@ -1,4 +1,4 @@
-"""The two calls by which the command line gets a report.
+"""The calls by which the command line gets a report, and answers about addresses.
 
 Knows: which of the user's words concern the analysis. Does not know: any command. Tests replace the functions here.
 """
@@ -6,13 +6,19 @@ Knows: which of the user's words concern the analysis. Does not know: any comman
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import coreheap
 from coreheap.cli.arguments import Request
 from coreheap.errors import UsageError
+from coreheap.leaks import Explanation, OwnerNode, RetainedReport
 from coreheap.report import Report
+
+if TYPE_CHECKING:
+    from coreheap.corefile import Core
+    from coreheap.leak_search import GroupNumbers, References
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -23,16 +29,61 @@ def analyzed(request: Request, progress: Progress) -> Iterator[Report]:
 
     Raises CoreheapError where the core cannot be used, or a file or folder that was named is not there.
     """
+    with _opened(request, progress) as core:
+        yield coreheap.analyze(core, _options(request, progress))
+
+
+@contextmanager
+def explored(request: Request, progress: Progress) -> Iterator[tuple[Report, Explorer]]:
+    """The report, and an object to ask about addresses; both are valid inside the block.
+
+    Raises CoreheapError where the core cannot be used.
+    """
+    with _opened(request, progress) as core:
+        report, references = coreheap.analyze_with_references(core, _options(request, progress))
+        yield report, Explorer(core, references)
+
+
+class Explorer:
+    """Answers about addresses, also where there is no heap to ask about."""
+
+    def __init__(self, core: Core, references: References | None) -> None:
+        self._core = core
+        self._references = references
+
+    def explain(self, address: int, *, limit: int, retained: bool = False) -> Explanation:
+        if self._references is None:
+            from coreheap.leak_search import explain_place
+
+            return explain_place(self._core, address)
+        return self._references.explain(address, limit=limit, retained=retained)
+
+    def owners(self, address: int, *, depth: int, limit: int) -> tuple[OwnerNode, ...]:
+        return () if self._references is None else self._references.owners(address, depth=depth, limit=limit)
+
+    def retained(self, count: int) -> RetainedReport | None:
+        return None if self._references is None else self._references.retained(count)
+
+    def group_numbers(self) -> GroupNumbers | None:
+        return None if self._references is None else self._references.group_numbers()
+
+
+def _opened(request: Request, progress: Progress) -> AbstractContextManager[Core]:
     _check_names(request)
-    with coreheap.open(
+    return coreheap.open(
         request.core,
         executable=_path(request.executable),
         sysroot=_path(request.sysroot),
         debug_directories=[Path(directory) for directory in request.debug_directories],
         debuginfod=request.debuginfod,
         progress=progress,
-    ) as core:
-        yield coreheap.analyze(core, coreheap.AnalysisOptions(progress=progress))
+    )
+
+
+def _options(request: Request, progress: Progress) -> coreheap.AnalysisOptions:
+    return coreheap.AnalysisOptions(
+        progress=progress, leaks=request.leaks, retained=request.retained and request.command == "analyze"
+    )
 
 
 def _check_names(request: Request) -> None:

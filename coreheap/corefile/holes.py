@@ -63,6 +63,16 @@ class FileExtents:
         clipped_ends = np.minimum(ends[first:last], high).tolist()
         return list(zip(clipped_starts, clipped_ends, strict=True))
 
+    def clip(self, start: Words, end: Words) -> tuple[npt.NDArray[np.intp], Words, Words]:
+        """All data extents in many ranges of the file: the range's row, and the start and end of each piece."""
+        starts, ends, _ = self._columns
+        first = np.searchsorted(ends, start, side="right")
+        pieces = np.maximum(np.searchsorted(starts, end, side="left") - first, 0)
+        row = np.repeat(np.arange(len(start)), pieces)
+        number = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        extent = first[row] + number
+        return row, np.maximum(starts[extent], start[row]), np.minimum(ends[extent], end[row])
+
     def data_bytes_before(self, offsets: Words) -> npt.NDArray[np.uint64]:
         """Data bytes of the file before each offset."""
         starts, ends, before = self._columns

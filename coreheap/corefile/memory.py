@@ -264,6 +264,18 @@ class AddressSpace:
                 populated.append(part)
         return populated
 
+    def populated_runs(self) -> tuple[Words, Words, Words]:
+        """The saved runs without the holes of the file: start, end, file offset, uint64 columns by address.
+
+        All saved runs where holes are unknown.
+        """
+        if not self.holes_known:
+            return self.run_start, self.run_end, self.run_file_offset
+        file_end = self.run_file_offset + (self.run_end - self.run_start)
+        row, low, high = self._extents.clip(self.run_file_offset, file_end)
+        distance = self.run_start[row] - self.run_file_offset[row]
+        return low + distance, high + distance, low
+
     def populated_bytes(self, start: int, end: int) -> int:
         """The sum of ``populated_extents``."""
         pieces = self._pieces(start, end)

@@ -43,30 +43,52 @@ active_name, _implementation = choose_implementation(os.environ.get(ENVIRONMENT_
 
 if TYPE_CHECKING:
     from coreheap.kernels.reference import (
+        add_up_retained,
         chain_reaches,
         chunk_extents,
+        chunk_sizes,
+        collect_edges,
+        count_by_verdict,
         fill_ranks,
         find_arena_candidates,
         find_chunk_runs,
         find_chunks,
+        find_dominators,
+        find_leaders,
         find_mmapped_chunks,
+        find_root_references,
+        mark_reachable,
+        mark_reachable_directly,
         overlay_free_lists,
         resynchronise,
+        reverse_edges,
+        shortest_path,
         size_histogram,
         state_totals,
         unpack_chunks,
         walk_region,
     )
 else:
+    add_up_retained = _implementation.add_up_retained
     chain_reaches = _implementation.chain_reaches
     chunk_extents = _implementation.chunk_extents
+    chunk_sizes = _implementation.chunk_sizes
+    collect_edges = _implementation.collect_edges
+    count_by_verdict = _implementation.count_by_verdict
     fill_ranks = _implementation.fill_ranks
     find_arena_candidates = _implementation.find_arena_candidates
     find_chunk_runs = _implementation.find_chunk_runs
     find_chunks = _implementation.find_chunks
+    find_dominators = _implementation.find_dominators
+    find_leaders = _implementation.find_leaders
     find_mmapped_chunks = _implementation.find_mmapped_chunks
+    find_root_references = _implementation.find_root_references
+    mark_reachable = _implementation.mark_reachable
+    mark_reachable_directly = _implementation.mark_reachable_directly
     overlay_free_lists = _implementation.overlay_free_lists
     resynchronise = _implementation.resynchronise
+    reverse_edges = _implementation.reverse_edges
+    shortest_path = _implementation.shortest_path
     size_histogram = _implementation.size_histogram
     state_totals = _implementation.state_totals
     unpack_chunks = _implementation.unpack_chunks
@@ -74,16 +96,27 @@ else:
 
 __all__ = [
     "active_name",
+    "add_up_retained",
     "chain_reaches",
     "choose_implementation",
     "chunk_extents",
+    "chunk_sizes",
+    "collect_edges",
+    "count_by_verdict",
     "fill_ranks",
     "find_arena_candidates",
     "find_chunk_runs",
     "find_chunks",
+    "find_dominators",
+    "find_leaders",
     "find_mmapped_chunks",
+    "find_root_references",
+    "mark_reachable",
+    "mark_reachable_directly",
     "overlay_free_lists",
     "resynchronise",
+    "reverse_edges",
+    "shortest_path",
     "size_histogram",
     "state_totals",
     "unpack_chunks",

@@ -14,6 +14,7 @@ import sys
 import numpy as np
 
 cimport cython
+from cython cimport view as cython_view
 from libc.stdint cimport UINT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
@@ -24,8 +25,12 @@ from coreheap.kernels.values import (
     ArenaCandidates,
     ChainOutcome,
     ChunkRuns,
+    DominatorTree,
+    Edges,
+    LostChunks,
     MmappedChunks,
     OverlayOutcome,
+    RootReferences,
     WalkOutcome,
 )
 
@@ -173,3 +178,8 @@ include "_walking.pxi"
 include "_searching.pxi"
 include "_columns.pxi"
 include "_lists.pxi"
+include "_pointers.pxi"
+include "_edges.pxi"
+include "_marking.pxi"
+include "_references.pxi"
+include "_dominators.pxi"

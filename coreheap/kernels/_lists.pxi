@@ -39,6 +39,17 @@ cdef class _Memory:
         self.last_run = low
         return low
 
+    cdef int64_t run_behind(self, uint64_t address) except -1 nogil:
+        """The first run that starts behind an address; the number of runs where none does."""
+        cdef int64_t low = 0, high = self.run_count, middle
+        while low < high:
+            middle = (low + high) >> 1
+            if self.run_start[middle] <= address:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
     cdef void announce(self, uint64_t address) noexcept nogil:
         """Starts to load a word into the cache that is going to be read, when it lies in the run of the last answer.
 

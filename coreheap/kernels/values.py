@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from coreheap.kernels.codes import StopReason
 UInt64Array: TypeAlias = NDArray[np.uint64]
 Int64Array: TypeAlias = NDArray[np.int64]
 UInt8Array: TypeAlias = NDArray[np.uint8]
+UInt32Array: TypeAlias = NDArray[np.uint32]
 Memory: TypeAlias = bytes | bytearray | memoryview | mmap.mmap | UInt8Array
 """Contiguous bytes, read-only or not, of any alignment."""
 
@@ -177,3 +178,64 @@ def no_mmapped_chunks() -> MmappedChunks:
     """An empty table of mmapped chunks."""
     empty = np.empty(0, np.uint64)
     return MmappedChunks(empty, empty, empty, empty)
+
+
+INTERIOR: Final = 1 << 31
+"""Set in a reference's target where the pointer leads into a chunk, not to its payload's start."""
+CHUNK_MASK: Final = INTERIOR - 1
+"""The part of a reference's target that is a chunk index; graphs end at 2**31 chunks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Edges:
+    """References between chunks, one row a chunk (CSR): those of chunk c are ``target[first[c]:first[c + 1]]``.
+
+    ``first``: uint32[chunks + 1], or uint64 where there are too many. ``target``: uint32[references], a chunk index,
+    with INTERIOR where it is not the payload's start that is pointed to.
+    """
+
+    first: UInt32Array | UInt64Array
+    target: UInt32Array
+
+    @property
+    def chunk_count(self) -> int:
+        return len(self.first) - 1
+
+    def of(self, chunk: int) -> UInt32Array:
+        """The targets of one chunk, in the order of the words that hold them."""
+        return self.target[int(self.first[chunk]) : int(self.first[chunk + 1])]
+
+
+@dataclass(frozen=True, slots=True)
+class RootReferences:
+    """Words outside of all chunks that lead to chunks, in the order in which they were found.
+
+    ``holder_address``: uint64[n], where the word lies; ``target``: uint32[n] as in ``Edges``.
+    """
+
+    holder_address: UInt64Array
+    target: UInt32Array
+
+
+@dataclass(frozen=True, slots=True)
+class LostChunks:
+    """Who leads the lost: ``leader``: uint32[n], ascending chunk indexes that no lost chunk outside of their own cycle
+    leads to; ``leader_of``: uint32[chunks], for each lost chunk the number of its leader in ``leader`` plus one, 0 for
+    all others.
+    """
+
+    leader: UInt32Array
+    leader_of: UInt32Array
+
+
+@dataclass(frozen=True, slots=True)
+class DominatorTree:
+    """Which chunk every path from the roots to a chunk passes last.
+
+    Nodes are numbered as a depth-first search meets them; node 0 stands for all roots together. ``chunk``:
+    uint32[nodes], chunk index of each node (0 for node 0, which is none); ``dominator``: uint32[nodes], the immediate
+    dominator's node, smaller than the node itself (0 for node 0).
+    """
+
+    chunk: UInt32Array
+    dominator: UInt32Array

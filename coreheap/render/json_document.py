@@ -8,7 +8,6 @@ Does not know: sentences; the document has no prose of its own.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from enum import Enum
 from importlib import resources
@@ -26,12 +25,11 @@ from coreheap.heap import (
     StateTotals,
     SubHeap,
 )
-from coreheap.quantities import AddressRange, format_address
-from coreheap.render.escaping import without_surrogates
+from coreheap.quantities import AddressRange
+from coreheap.render.json_values import Json, address_value, number_value, text_or_null, text_value
+from coreheap.render.leak_documents import leaks_value, retained_value
 from coreheap.render.tables import json_rows, threads_table
 from coreheap.report import CoreSummary, Finding, LedgerNode, Phase, ProcessSummary, Quantity, Report, Unit
-
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 SCHEMA_VERSION = "1.1"
 """Grows in its second number when keys are added; the first would change only if a key changed its meaning."""
@@ -72,7 +70,7 @@ def json_document(report: Report) -> dict[str, Json]:
                 "topic": item.topic,
                 "bytes": item.bytes,
                 "of_bytes": item.of_bytes,
-                "whole": _text(item.whole),
+                "whole": text_value(item.whole),
                 "confidence": item.confidence.value,
             }
             for item in report.verdict
@@ -80,26 +78,27 @@ def json_document(report: Report) -> dict[str, Json]:
         "totals": _totals(report),
         "arenas": [_arena(arena) for arena in heap.arenas] if heap else [],
         "threads": [dict(row) for row in json_rows(threads_table(report))],
-        "leaks": None,
+        "leaks": None if report.leaks is None else leaks_value(report.leaks),
+        "retained": None if report.retained is None else retained_value(report.retained),
         "ledger": _ledger(report.ledger),
         "findings": [_finding(finding) for finding in report.findings],
         "anomalies": [_anomaly(anomaly) for anomaly in report.anomalies],
         "anomaly_count": report.anomaly_count,
         "gaps": [_gap(gap) for gap in report.gaps],
-        "other_allocators": [_text(name) for name in report.other_allocators],
-        "defects": [_text(defect) for defect in report.defects],
+        "other_allocators": [text_value(name) for name in report.other_allocators],
+        "defects": [text_value(defect) for defect in report.defects],
         "phases": [_phase(phase) for phase in report.phases],
     }
 
 
 def _core(core: CoreSummary) -> Json:
     return {
-        "path": _text(core.path),
+        "path": text_value(core.path),
         "file_bytes": core.file_bytes,
         "saved_bytes": core.saved_bytes,
         "not_saved_bytes": core.not_saved_bytes,
         "truncated": core.truncated,
-        "coverage": _number(core.coverage),
+        "coverage": number_value(core.coverage),
         "compression": core.compression,
         "made_by": core.made_by,
         "segments": core.segment_count,
@@ -109,29 +108,29 @@ def _core(core: CoreSummary) -> Json:
 def _process(process: ProcessSummary) -> Json:
     return {
         "pid": process.pid,
-        "command_line": _text_or_null(process.command_line),
-        "executable": _text_or_null(process.executable),
+        "command_line": text_or_null(process.command_line),
+        "executable": text_or_null(process.executable),
         "architecture": process.architecture,
         "word_bytes": process.word_bytes,
         "page_bytes": process.page_bytes,
         "signal": process.signal,
         "signal_name": process.signal_name,
-        "fault_address": _address(process.fault_address),
+        "fault_address": address_value(process.fault_address),
         "threads": process.thread_count,
     }
 
 
 def _allocator(identity: AllocatorIdentity, parameters: MallocParameters | None, heap: HeapSnapshot) -> Json:
     return {
-        "name": _text(identity.name),
-        "libc_version": _text_or_null(identity.libc_version),
-        "layout": _text(identity.layout),
-        "runner_up": _text_or_null(identity.runner_up),
-        "main_arena": _address(identity.main_arena),
-        "mp": _address(identity.mp),
+        "name": text_value(identity.name),
+        "libc_version": text_or_null(identity.libc_version),
+        "layout": text_value(identity.layout),
+        "runner_up": text_or_null(identity.runner_up),
+        "main_arena": address_value(identity.main_arena),
+        "mp": address_value(identity.mp),
         "parameters": None if parameters is None else _parameters(parameters),
         "narenas_limit": heap.narenas_limit,
-        "limit_reason": _text(heap.limit_reason) or None,
+        "limit_reason": text_value(heap.limit_reason) or None,
         "evidence": _evidence(identity.evidence),
         "confidence": identity.confidence.value,
         "copies": [_copy(copy, heap) for copy in heap.copies],
@@ -141,9 +140,9 @@ def _allocator(identity: AllocatorIdentity, parameters: MallocParameters | None,
 def _copy(copy: MallocCopy, heap: HeapSnapshot) -> Json:
     return {
         "copy": copy.number,
-        "module": _text_or_null(copy.module),
-        "main_arena": _address(copy.main_arena),
-        "mp": None if copy.parameters is None else _address(copy.parameters.address),
+        "module": text_or_null(copy.module),
+        "main_arena": address_value(copy.main_arena),
+        "mp": None if copy.parameters is None else address_value(copy.parameters.address),
         "parameters": None if copy.parameters is None else _parameters(copy.parameters),
         "arenas": copy.arena_count,
         "system_mem": copy.system_mem,
@@ -164,7 +163,7 @@ def _threads_of_copy(copy: int, heap: HeapSnapshot) -> Json:
             {
                 "index": thread,
                 "arena": arena_of.get(thread),
-                "thread_cache_address": None if cache is None else _address(cache.address),
+                "thread_cache_address": None if cache is None else address_value(cache.address),
                 "tcache_count": None if cache is None else cache.count,
                 "tcache_bytes": None if cache is None else cache.chunk_bytes,
             }
@@ -173,7 +172,9 @@ def _threads_of_copy(copy: int, heap: HeapSnapshot) -> Json:
 
 
 def _parameters(parameters: MallocParameters) -> Json:
-    return {name: _address(value) if name in ADDRESS_PARAMETERS else value for name, value in parameters.values.items()}
+    return {
+        name: address_value(value) if name in ADDRESS_PARAMETERS else value for name, value in parameters.values.items()
+    }
 
 
 def _totals(report: Report) -> Json:
@@ -218,7 +219,7 @@ def _sum_if_known(parts: Iterable[int | None]) -> int | None:
 def _arena(arena: Arena) -> Json:
     return {
         "index": arena.index,
-        "address": _address(arena.address),
+        "address": address_value(arena.address),
         "copy": arena.copy,
         "is_main": arena.is_main,
         "is_contiguous": arena.is_contiguous,
@@ -228,11 +229,11 @@ def _arena(arena: Arena) -> Json:
         "threads": list(arena.threads),
         "locked": arena.locked,
         "on_free_list": arena.on_free_list,
-        "top_address": _address(arena.top_address),
+        "top_address": address_value(arena.top_address),
         "top_bytes": arena.top_bytes,
         "reserved_bytes": arena.reserved_bytes,
         "saved_bytes": arena.saved_bytes,
-        "coverage": _number(arena.coverage),
+        "coverage": number_value(arena.coverage),
         "foreign_bytes": arena.foreign_bytes,
         "sub_heaps": [_sub_heap(sub_heap) for sub_heap in arena.sub_heaps],
         "states": {
@@ -245,7 +246,7 @@ def _arena(arena: Arena) -> Json:
 
 def _sub_heap(sub_heap: SubHeap) -> Json:
     return {
-        "address": _address(sub_heap.address),
+        "address": address_value(sub_heap.address),
         "committed_bytes": sub_heap.committed_bytes,
         "mprotect_bytes": sub_heap.mprotect_bytes,
         "reserved_bytes": sub_heap.reserved_bytes,
@@ -258,7 +259,7 @@ def _sub_heap(sub_heap: SubHeap) -> Json:
 
 def _ledger(node: LedgerNode) -> Json:
     return {
-        "name": _text(node.name),
+        "name": text_value(node.name),
         "bytes": node.bytes,
         "children": [_ledger(child) for child in node.children],
     }
@@ -269,31 +270,31 @@ def _finding(finding: Finding) -> Json:
         "code": finding.code,
         "severity": finding.severity.value,
         "confidence": finding.confidence.value,
-        "subject": _text(finding.subject),
+        "subject": text_value(finding.subject),
         "quantities": {quantity.name: _quantity(quantity) for quantity in finding.quantities},
         "units": {quantity.name: quantity.unit.value for quantity in finding.quantities},
         "evidence": _evidence(finding.evidence),
-        "next_steps": [_text(step) for step in finding.next_steps],
-        "weakened_by": [_text(reason) for reason in finding.weakened_by],
+        "next_steps": [text_value(step) for step in finding.next_steps],
+        "weakened_by": [text_value(reason) for reason in finding.weakened_by],
     }
 
 
 def _quantity(quantity: Quantity) -> Json:
     value = quantity.value
     if isinstance(value, str):
-        return _text(value)
+        return text_value(value)
     if isinstance(value, int) and quantity.unit is Unit.ADDRESS:
-        return _address(value)
-    return _number(value)
+        return address_value(value)
+    return number_value(value)
 
 
 def _evidence(evidence: Iterable[Evidence]) -> Json:
     return [
         {
-            "statement": _text(fact.statement),
-            "source": _text(fact.source),
+            "statement": text_value(fact.statement),
+            "source": text_value(fact.source),
             "strength": fact.strength.name.lower(),
-            "address": _address(fact.address),
+            "address": address_value(fact.address),
             "speaks_against": fact.speaks_against,
         }
         for fact in evidence
@@ -303,9 +304,9 @@ def _evidence(evidence: Iterable[Evidence]) -> Json:
 def _anomaly(anomaly: Anomaly) -> Json:
     return {
         "code": anomaly.code,
-        "address": _address(anomaly.address),
-        "expected": _text(anomaly.expected),
-        "observed": _text(anomaly.observed),
+        "address": address_value(anomaly.address),
+        "expected": text_value(anomaly.expected),
+        "observed": text_value(anomaly.observed),
         "arena": anomaly.arena,
     }
 
@@ -314,37 +315,18 @@ def _gap(gap: Gap) -> Json:
     return {
         "cause": gap.cause,
         "range": None if gap.range is None else _range(gap.range),
-        "consequence": _text(gap.consequence),
+        "consequence": text_value(gap.consequence),
     }
 
 
 def _phase(phase: Phase) -> Json:
     return {
-        "name": _text(phase.name),
-        "cpu_seconds": _number(phase.cpu_seconds),
-        "wall_seconds": _number(phase.wall_seconds),
+        "name": text_value(phase.name),
+        "cpu_seconds": number_value(phase.cpu_seconds),
+        "wall_seconds": number_value(phase.wall_seconds),
         "peak_anonymous_bytes": phase.peak_anonymous_bytes,
     }
 
 
 def _range(addresses: AddressRange) -> Json:
-    return {"start": _address(addresses.start), "end": _address(addresses.end)}
-
-
-def _address(address: int | None) -> str | None:
-    return None if address is None else format_address(address)
-
-
-def _text(text: str) -> str:
-    return without_surrogates(text)
-
-
-def _text_or_null(text: str | None) -> str | None:
-    return None if text is None else _text(text)
-
-
-def _number(value: int | float | None) -> int | float | None:
-    """A number JSON can say; what is not finite is unknown."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return {"start": address_value(addresses.start), "end": address_value(addresses.end)}

@@ -18,12 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from coreheap.heap import NO_INDEX, Arena, ChunkBatch, ChunkState
+from coreheap.leaks import Verdict
 from coreheap.quantities import format_address
 
 UInt8s = npt.NDArray[np.uint8]
 UInt16s = npt.NDArray[np.uint16]
 UInt32s = npt.NDArray[np.uint32]
 UInt64s = npt.NDArray[np.uint64]
+Int32s = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
 
 CHUNK_COLUMNS = (
@@ -36,6 +38,12 @@ CHUNK_COLUMNS = (
     "arena",
     "sub_heap",
 )
+VERDICT_COLUMN = "verdict"
+"""Stands behind CHUNK_COLUMNS where leaks were looked for."""
+LEAK_COLUMNS = ("payload_address", "usable_bytes", "verdict", "arena", "group")
+
+GroupNumbers = Callable[[int, int], Int32s]
+"""For chunks [first, end) the number of the leak group that each counts in, -1 for none: int32[end - first]."""
 
 _KNOWN_LABELS = {int(state): state.label for state in ChunkState}
 STATE_LABELS = tuple(_KNOWN_LABELS.get(number, f"state_{number}") for number in range(256))
@@ -57,23 +65,26 @@ class ChunkFilter:
     """Which chunks are wanted; every condition that is set must hold.
 
     ``states`` None takes all. ``arena`` is an arena's index and leaves mmapped chunks out. The byte limits are
-    inclusive and apply to chunk_bytes.
+    inclusive and apply to chunk_bytes. ``verdicts`` takes nothing where leaks were not looked for.
     """
 
     states: frozenset[ChunkState] | None = None
     arena: int | None = None
     min_bytes: int | None = None
     max_bytes: int | None = None
+    verdicts: frozenset[Verdict] | None = None
 
     def mask(self, batch: ChunkBatch) -> Bools | None:
         """Which rows of a batch are wanted: bool[n], or None where all are."""
         conditions: list[Bools] = []
         if self.arena is not None and batch.arena != self.arena:
             return np.zeros(len(batch), dtype=np.bool_)
+        if self.verdicts is not None and batch.verdict is None:
+            return np.zeros(len(batch), dtype=np.bool_)
         if self.states is not None:
-            wanted = np.zeros(256, dtype=np.bool_)
-            wanted[[int(state) for state in self.states]] = True
-            conditions.append(wanted[batch.state])
+            conditions.append(_is_one_of(batch.state, self.states))
+        if self.verdicts is not None and batch.verdict is not None:
+            conditions.append(_is_one_of(batch.verdict, self.verdicts))
         if self.min_bytes is not None:
             conditions.append(np.asarray(batch.chunk_bytes >= _as_uint64(self.min_bytes)))
         if self.max_bytes is not None:
@@ -89,7 +100,8 @@ class ChunkRows:
     """A batch's wanted rows, or single rows picked from several batches, with what all of them share.
 
     Columns as in ``ChunkBatch``; ``sub_heap`` is the address of the sub-heap, None where the chunk is in none;
-    ``arena`` is None for mmapped chunks.
+    ``arena`` is None for mmapped chunks; ``verdict`` where leaks were not looked for; ``group`` (int32, -1 for none)
+    where nobody asked for it.
     """
 
     header_address: UInt64s
@@ -100,6 +112,8 @@ class ChunkRows:
     is_mmapped: bool
     arena: int | None
     sub_heap: int | None
+    verdict: UInt8s | None = None
+    group: Int32s | None = None
 
     def __len__(self) -> int:
         return len(self.header_address)
@@ -115,6 +129,8 @@ class ChunkRows:
             self.is_mmapped,
             self.arena,
             self.sub_heap,
+            None if self.verdict is None else self.verdict[selection],
+            None if self.group is None else self.group[selection],
         )
 
 
@@ -127,7 +143,12 @@ class LargestChunks:
     wanted_bytes: int
 
 
-def wanted_rows(batches: Iterable[ChunkBatch], arenas: Sequence[Arena], wanted: ChunkFilter) -> Iterator[ChunkRows]:
+def wanted_rows(
+    batches: Iterable[ChunkBatch],
+    arenas: Sequence[Arena],
+    wanted: ChunkFilter,
+    group_numbers: GroupNumbers | None = None,
+) -> Iterator[ChunkRows]:
     """The rows that pass the filter, a batch at a time, in the table's order. Empty batches are left out."""
     arena_of = {arena.index: arena for arena in arenas}
     for batch in batches:
@@ -143,6 +164,8 @@ def wanted_rows(batches: Iterable[ChunkBatch], arenas: Sequence[Arena], wanted: 
             batch.is_mmapped,
             None if batch.arena == NO_INDEX else batch.arena,
             arena.sub_heaps[batch.sub_heap].address if arena is not None and has_sub_heap else None,
+            batch.verdict,
+            None if group_numbers is None else group_numbers(batch.first_chunk, batch.first_chunk + len(batch)),
         )
         if mask is not None:
             rows = rows.only(mask)
@@ -174,15 +197,17 @@ def largest_chunks(rows: Iterable[ChunkRows], count: int) -> LargestChunks:
     return LargestChunks(tuple(entry[2] for entry in best), wanted_count, wanted_bytes)
 
 
-def header_line(row_format: RowFormat) -> bytes:
+def header_line(row_format: RowFormat, columns: Sequence[str] = CHUNK_COLUMNS) -> bytes:
     """What stands before the first row: CSV's header line, nothing for JSON lines."""
-    return (",".join(CHUNK_COLUMNS) + "\n").encode() if row_format is RowFormat.CSV else b""
+    return (",".join(columns) + "\n").encode() if row_format is RowFormat.CSV else b""
 
 
-def row_texts(rows: Iterable[ChunkRows], row_format: RowFormat) -> Iterator[bytearray]:
+def row_texts(
+    rows: Iterable[ChunkRows], row_format: RowFormat, columns: Sequence[str] = CHUNK_COLUMNS
+) -> Iterator[bytearray]:
     """The rows as text, in blocks of at most ``BLOCK_ROWS`` lines."""
     for part in rows:
-        layout = _line_layout(part, row_format)
+        layout = _line_layout(part, row_format, columns)
         for first in range(0, len(part), BLOCK_ROWS):
             yield layout.lines(first, min(len(part), first + BLOCK_ROWS))
 
@@ -240,31 +265,42 @@ class _LineLayout:
         return whole.translate(None, b"\0")
 
 
-def _line_layout(rows: ChunkRows, row_format: RowFormat) -> _LineLayout:
+def _line_layout(rows: ChunkRows, row_format: RowFormat, columns: Sequence[str]) -> _LineLayout:
     """The layout of the lines of ``rows``: what all of them share stands in it as constant bytes."""
-    fields = {
-        "header_address": _hexadecimal(rows.header_address),
-        "payload_address": _hexadecimal(rows.payload_address),
-        "chunk_bytes": _decimal(rows.chunk_bytes),
-        "usable_bytes": _decimal(rows.usable_bytes),
-        "state": _label(rows.state),
-    }
-    sub_heap = None if rows.sub_heap is None else format_address(rows.sub_heap)
+    is_json = row_format is RowFormat.JSON_LINES
     pieces: list[bytes | _Field] = []
-    if row_format is RowFormat.CSV:
-        flag = "true" if rows.is_mmapped else "false"
-        arena = "" if rows.arena is None else str(rows.arena)
-        pieces += [b"0x", fields["header_address"], b",0x", fields["payload_address"]]
-        pieces += [b",", fields["chunk_bytes"], b",", fields["usable_bytes"], b",", fields["state"]]
-        pieces.append(f",{flag},{arena},{sub_heap or ''}\n".encode())
-    else:
-        pieces += [b'{"header_address": "0x', fields["header_address"]]
-        pieces += [b'", "payload_address": "0x', fields["payload_address"]]
-        pieces += [b'", "chunk_bytes": ', fields["chunk_bytes"], b', "usable_bytes": ', fields["usable_bytes"]]
-        pieces += [b', "state": "', fields["state"]]
-        shared = json.dumps({"is_mmapped": rows.is_mmapped, "arena": rows.arena, "sub_heap": sub_heap})
-        pieces.append(b'", ' + shared[1:].encode() + b"\n")
+    for number, column in enumerate(columns):
+        if is_json:
+            pieces.append(f'{", " if number else "{"}"{column}": '.encode())
+        elif number:
+            pieces.append(b",")
+        pieces += _column_pieces(rows, column, is_json)
+    pieces.append(b"}\n" if is_json else b"\n")
     return _LineLayout(pieces, len(rows))
+
+
+def _column_pieces(rows: ChunkRows, column: str, is_json: bool) -> list[bytes | _Field]:
+    """One column's part of a line."""
+    quote = b'"' if is_json else b""
+    if column in ("header_address", "payload_address"):
+        addresses = rows.header_address if column == "header_address" else rows.payload_address
+        return [quote + b"0x", _hexadecimal(addresses), quote]
+    if column in ("chunk_bytes", "usable_bytes"):
+        return [_decimal(rows.chunk_bytes if column == "chunk_bytes" else rows.usable_bytes)]
+    if column == "state":
+        return [quote, _label(rows.state, _STATES), quote]
+    if column == "verdict" and rows.verdict is not None:
+        return [_label(rows.verdict, _VERDICTS_IN_JSON if is_json else _VERDICTS_IN_CSV)]
+    if column == "group" and rows.group is not None:
+        return [_decimal_or_nothing(rows.group, b"null" if is_json else b"")]
+    shared = {
+        "is_mmapped": rows.is_mmapped,
+        "arena": rows.arena,
+        "sub_heap": None if rows.sub_heap is None else format_address(rows.sub_heap),
+    }.get(column)
+    if is_json or isinstance(shared, bool):
+        return [json.dumps(shared).encode()]
+    return [b"" if shared is None else str(shared).encode()]
 
 
 _HEX_OF_BYTE: UInt16s = np.frombuffer("".join(f"{byte:02x}" for byte in range(256)).encode(), dtype=np.uint16)
@@ -326,18 +362,43 @@ def _decimal(values: UInt64s) -> _Field:
     return _Field(4 * groups, fill)
 
 
-def _label_column() -> npt.NDArray[np.void]:
-    """The labels, NUL-padded to a common width."""
-    width = max(len(label) for label in STATE_LABELS)
-    return np.frombuffer(b"".join(label.encode().ljust(width, b"\0") for label in STATE_LABELS), dtype=f"V{width}")
+def _decimal_or_nothing(values: Int32s, nothing: bytes) -> _Field:
+    """Decimal digits; ``nothing``, of at most four bytes, for what is negative."""
+    digits = _decimal(np.maximum(values, 0).astype(np.uint64))
+
+    def fill(first: int, end: int) -> npt.NDArray[np.generic]:
+        text = digits.fill(first, end).view(np.uint8).reshape(end - first, digits.width)
+        is_nothing = values[first:end] < 0
+        text[is_nothing] = 0
+        text[is_nothing, : len(nothing)] = np.frombuffer(nothing, np.uint8)
+        return text
+
+    return _Field(digits.width, fill)
 
 
-_LABELS = _label_column()
+def _label_column(labels: Sequence[str]) -> npt.NDArray[np.void]:
+    """Labels of the values from 0 on, NUL-padded to a common width."""
+    width = max(len(label) for label in labels)
+    return np.frombuffer(b"".join(label.encode().ljust(width, b"\0") for label in labels), dtype=f"V{width}")
 
 
-def _label(states: UInt8s) -> _Field:
-    """The states' labels."""
-    return _Field(_LABELS.dtype.itemsize, lambda first, end: _LABELS[states[first:end]])
+VERDICT_LABELS = tuple(
+    next((verdict.label for verdict in Verdict if verdict == number), f"verdict_{number}") for number in range(256)
+)
+_STATES = _label_column(STATE_LABELS)
+_VERDICTS_IN_CSV = _label_column([label or "" for label in VERDICT_LABELS])
+_VERDICTS_IN_JSON = _label_column([json.dumps(label) for label in VERDICT_LABELS])
+
+
+def _label(values: UInt8s, labels: npt.NDArray[np.void]) -> _Field:
+    """The label of each value."""
+    return _Field(labels.dtype.itemsize, lambda first, end: labels[values[first:end]])
+
+
+def _is_one_of(values: UInt8s, wanted: Iterable[int]) -> Bools:
+    is_wanted = np.zeros(256, dtype=np.bool_)
+    is_wanted[[int(value) for value in wanted]] = True
+    return is_wanted[values]
 
 
 def _as_uint64(value: int) -> np.uint64:

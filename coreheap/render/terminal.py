@@ -16,6 +16,7 @@ from coreheap.heap import BINNED_STATES, Arena, ChunkState, HeapSnapshot, StateT
 from coreheap.quantities import format_address, format_bytes, format_count, format_share
 from coreheap.render.escaping import printable, shortened
 from coreheap.render.page import Page, PageStyle, counted, part_of_all, plain_table
+from coreheap.render.terminal_leaks import add_leaks
 from coreheap.render.wording import (
     LONGEST_TEXT,
     address_or_unknown,
@@ -57,6 +58,8 @@ def report_text(report: Report, style: PageStyle) -> str:
     if report.heap is not None:
         _states(page, report, report.heap)
         _arenas(page, report.heap)
+    if report.leaks is not None and report.heap is not None:
+        add_leaks(page, report.leaks)
     _findings(page, report)
     _gaps(page, report)
     _anomalies(page, report)

@@ -12,9 +12,9 @@ from rich.text import Text
 from coreheap.quantities import format_address, format_bytes, format_count
 from coreheap.render.escaping import printable
 from coreheap.render.page import Page, PageStyle, counted, part_of_all, plain_table
-from coreheap.render.rows import STATE_LABELS, LargestChunks
+from coreheap.render.rows import STATE_LABELS, VERDICT_LABELS, LargestChunks
 from coreheap.render.tables import Cell, CellKind, Table
-from coreheap.render.wording import share_text
+from coreheap.render.wording import humanized, share_text
 
 BOUNDLESS = 1 << 60
 """Bytes from which a list's upper limit is none: no process has that much."""
@@ -131,11 +131,21 @@ def table_text(name: str, table: Table, style: PageStyle) -> str:
 
 
 def chunks_text(largest: LargestChunks, style: PageStyle) -> str:
-    """The largest chunks for people, then a line that says how many passed the filters."""
+    """The largest chunks for people, then a line that says how many passed the filters.
+
+    Verdicts, and numbers of groups, stand in the place of sub-heaps where there is no room for all.
+    """
     page = Page(style)
     wide = page.width >= 112
-    columns = [("payload", False), ("bytes", True), ("usable", True), ("state", False)]
-    columns += [("arena", True), ("sub-heap", False)]
+    has_verdict = any(row.verdict is not None for row in largest.rows)
+    has_group = any(row.group is not None for row in largest.rows)
+    columns = [("payload", False), ("bytes", True), ("usable", True), ("state", False), ("arena", True)]
+    if wide or not has_verdict:
+        columns.append(("sub-heap", False))
+    if has_verdict:
+        columns.append(("verdict", False))
+    if has_group:
+        columns.append(("group", True))
     if wide:
         columns[:0] = [("header", False)]
     drawn = plain_table(columns)
@@ -147,8 +157,13 @@ def chunks_text(largest: LargestChunks, style: PageStyle) -> str:
             format_count(int(row.usable_bytes[0])),
             STATE_LABELS[int(row.state[0])],
             "mmapped" if row.is_mmapped else _cell_text(row.arena, CellKind.INDEX),
-            _cell_text(row.sub_heap, CellKind.ADDRESS),
         ]
+        if wide or not has_verdict:
+            cells.append(_cell_text(row.sub_heap, CellKind.ADDRESS))
+        if has_verdict:
+            cells.append("-" if row.verdict is None else humanized(VERDICT_LABELS[int(row.verdict[0])] or "-"))
+        if has_group:
+            cells.append("-" if row.group is None or row.group[0] < 0 else str(row.group[0]))
         drawn.add_row(*([format_address(header), *cells] if wide else cells))
     if largest.rows:
         page.add(drawn)

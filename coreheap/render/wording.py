@@ -75,10 +75,16 @@ _VERDICTS = {
     "other_allocator": "outside glibc's heap: the other allocator's place",
     "thread_stacks": "thread stacks",
     "module_data": "variables of the program and its libraries",
+    "lost": "lost: nothing in the process points to them",
+    "possibly_lost": "possibly lost: only loose ends lead to them",
     "unknown": "unknown: missing from the core, or damaged",
 }
 
-_WHOLES = {"writable_private": "writable private memory", "malloc": "memory that malloc holds"}
+_WHOLES = {
+    "writable_private": "writable private memory",
+    "malloc": "memory that malloc holds",
+    "live_chunks": "live chunks",
+}
 
 
 def verdict_whole(item: VerdictItem) -> str:
@@ -137,12 +143,36 @@ def _other_allocator(shown: _Shown) -> str:
     return f"{shown['allocator']} is loaded beside a glibc heap that is in use; its blocks are not in these tables."
 
 
+def _leak(shown: _Shown) -> str:
+    return (
+        f"{shown['lost_bytes']} ({shown['lost_share']}) of the live chunks can no longer be freed: nothing points to "
+        f"{shown['definite_count']} of them, and only these lead to {shown['indirect_count']} more."
+    )
+
+
+def _possible_leak(shown: _Shown) -> str:
+    part = f"{shown['possible_bytes']} ({shown['possible_share']}) of the live chunks may be lost"
+    if shown["unreachable_bytes"] == "0 B":
+        return f"{part}: only pointers to their inside lead to them."
+    return f"{part}: nothing in this core leads to {shown['unreachable_bytes']} of it, but not all is in this core."
+
+
+def _accumulation(shown: _Shown) -> str:
+    return (
+        f"{shown['children']} like chunks hang below the chunk at {shown['holder_address']}; they keep "
+        f"{shown['child_retained_bytes']}, {shown['reachable_share']} of all that anything leads to (an estimate)."
+    )
+
+
 _FINDINGS: dict[str, Callable[[_Shown], str]] = {
     "ARENA-BLOAT": _arena_bloat,
     "RETAINED-FREE": _retained_free,
     "PARTIAL-CORE": _partial_core,
     "ALLOCATOR-ABORT": _allocator_abort,
     "OTHER-ALLOCATOR": _other_allocator,
+    "LEAK": _leak,
+    "POSSIBLE-LEAK": _possible_leak,
+    "ACCUMULATION": _accumulation,
 }
 
 _SEVERITY_WORDS = {Severity.INFO: "Noted", Severity.WARNING: "Look at", Severity.ERROR: "Serious"}

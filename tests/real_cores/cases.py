@@ -28,14 +28,17 @@ WRAPPED = (
 
 @dataclass(frozen=True, slots=True)
 class Linking:
-    """How a program is linked: a name and the flags."""
+    """How a program is compiled and linked: a name and the flags; `libraries` stand last, and are built for this machine's libc."""
 
     name: str
     flags: tuple[str, ...]
     is_static: bool = False
+    standard: tuple[str, ...] = ("-std=gnu11",)
+    libraries: tuple[str, ...] = ()
 
 
 RECORDED = ("recorder", "record_files", "scenario")
+MEANT = (*RECORDED, "shapes")
 UNRECORDED = ("no_recorder", "record_files", "scenario")
 RECORDS_ITSELF = ("record_files", "scenario")  # the program has the recorder inside
 
@@ -43,6 +46,13 @@ _WRAP = ("-DRECORDER_WRAP", *(f"-Wl,--wrap={name}" for name in WRAPPED))
 PIE = Linking("pie", ("-fPIE", "-pie"))
 NO_PIE = Linking("no-pie", ("-fno-pie", "-no-pie"))
 STATIC = Linking("static", ("-fno-pie", "-no-pie", "-static", *_WRAP), is_static=True)
+# C++'s own library inside the program, so that it runs with another libc.
+CPLUSPLUS = Linking(
+    "c++",
+    ("-fPIE", "-pie"),
+    standard=(),
+    libraries=("-static-libgcc", "-Wl,-Bstatic", "-lstdc++", "-Wl,-Bdynamic"),
+)
 STATIC_PIE = Linking("static-pie", ("-fPIE", "-static-pie", *_WRAP), is_static=True)
 
 
@@ -54,7 +64,7 @@ class Case:
     dumps the living process. `coredump_filter` is what the kernel is told to dump (core(5)).
     `preload` names a library that must be installed (`packages` says how). `log_bytes` 0 turns the
     event log off. `support` is what the program is linked with: the recorder; "no_recorder", which
-    leaves malloc alone; or nothing.
+    leaves malloc alone; or nothing. `libraries` are built beside the program, which loads them.
     """
 
     name: str
@@ -69,6 +79,7 @@ class Case:
     packages: tuple[str, ...] = ()
     log_bytes: int = LOG_BYTES
     support: tuple[str, ...] = RECORDED
+    libraries: tuple[str, ...] = ()
     slow: bool = False
     target: Target = NATIVE
 
@@ -84,6 +95,7 @@ def _all_cases() -> Iterator[Case]:
     yield from _damage_cases()
     yield from _other_allocator_cases()
     yield from _copies_cases()
+    yield from _verdict_cases()
 
 
 def _thread_cases() -> Iterator[Case]:
@@ -186,6 +198,23 @@ def _copies_cases() -> Iterator[Case]:
     )
 
 
+def _verdict_cases() -> Iterator[Case]:
+    """Processes that know what is to be said of each of their blocks."""
+    verdicts = Case("verdicts", "verdicts", ("threads=4", "seed=181"), support=MEANT, libraries=("held_library",))
+    yield verdicts
+    yield verdicts.variant("altstack", arguments=("threads=2", "seed=182", "end=altstack"))
+    yield verdicts.variant("gcore", arguments=("threads=1", "seed=183"), made_by="gcore")
+    yield verdicts.variant("hidden", arguments=("threads=2", "seed=184", "hidden=1"))
+    yield verdicts.variant("one_arena", arguments=("threads=3", "seed=185"), environment={"MALLOC_ARENA_MAX": "1"})
+    # Not the one without PIE: numbers and text look like its low addresses.
+    static = ("threads=2", "library=0", "seed=186")
+    yield verdicts.variant("static_pie", arguments=static, linking=STATIC_PIE, libraries=())
+    yield Case("long_lists", "long_lists", ("nodes=1000000", "seed=187"))
+    many = ("nodes=10000000", "mark=0", "seed=188")
+    yield Case("long_lists@slow", "long_lists", many, log_bytes=0, slow=True)
+    yield Case("containers", "containers", ("seed=189",), linking=CPLUSPLUS)
+
+
 CASES: Mapping[str, Case] = {case.name: case for case in _all_cases()}
 # Committed as fixtures/cores/NAME.core.zst: small enough, and tests then need no compiler.
 FIXTURE_CASES = (
@@ -234,6 +263,14 @@ MATRIX_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "namespaces_main_only": ("namespaces=2", "threads=0", "pieces=120", "steps=600", "seed=173"),
     "namespaces_gone": ("namespaces=2", "threads=2", "gone=3", "steps=600", "seed=174"),
     "malloc_debug": ("debug=1", "threads=2", "steps=600", "seed=175"),
+    "verdicts": ("threads=2", "seed=181"),
+    "verdicts@altstack": ("threads=1", "seed=182", "end=altstack"),
+    "verdicts@gcore": ("threads=1", "seed=183"),
+    "verdicts@hidden": ("threads=1", "seed=184", "hidden=1"),
+    "verdicts@one_arena": ("threads=1", "seed=185"),
+    "verdicts@static_pie": ("threads=1", "library=0", "seed=186"),
+    "long_lists": ("nodes=20000", "seed=187"),
+    "containers": ("seed=189",),
 }
 
 
@@ -253,19 +290,24 @@ EXCLUSIONS = (
     Exclusion("retained_small", "*", "the committed twin of retained, whose matrix arguments are as small"),
     Exclusion("full_*", "*", "for measurements alone, 4 GB each"),
     Exclusion("no_glibc_heap", "*", "malloc is never called: no heap to compare"),
+    Exclusion("long_lists@slow", "*", "for measurements alone; nothing of it differs by release"),
+    Exclusion("containers", "bullseye-*", "libstdc++ is this machine's and needs a newer libc"),
+    Exclusion("containers", "*-i386", "built by this machine's own C++ compiler"),
+    Exclusion("containers", "*-arm64", "built by this machine's own C++ compiler"),
+    Exclusion("verdicts@hidden", "*-arm64", "qemu-user writes all readable memory, whatever madvise said of it"),
     Exclusion("other_allocator_*", "*", "not glibc's malloc; the libraries are this machine's and need its libc"),
     Exclusion("side_by_side", "*", "the other allocator's library is this machine's and needs its libc"),
     Exclusion("malloc_debug", "bullseye-*", "libc_malloc_debug.so came with glibc 2.34"),
     Exclusion("namespaces", "bullseye-i386", "a thread that uses the second namespace's libc crashes inside it"),
     Exclusion("namespaces_gone", "bullseye-i386", "as with namespaces"),
     Exclusion("threads_kept@filter_*", "*-arm64", "qemu-user writes its core by itself, without coredump_filter"),
-    Exclusion("threads_kept@gcore", "*-arm64", "gdb would dump the emulator, not the program inside it"),
+    Exclusion("*@gcore", "*-arm64", "gdb would dump the emulator, not the program inside it"),
     Exclusion(
-        "threads_kept@gcore",
+        "*@gcore",
         "forky-*",
         "from glibc 2.42 on, with a kernel from 6.13 on, gdb's gcore loses the blocks with thread stacks and TLS",
     ),
-    Exclusion("threads_kept@gcore", "experimental-*", "as with forky: gcore loses thread stacks and TLS"),
+    Exclusion("*@gcore", "experimental-*", "as with forky: gcore loses thread stacks and TLS"),
 )
 
 

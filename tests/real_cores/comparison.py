@@ -5,14 +5,17 @@ Every function returns a list of differences in words, empty when there is none,
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coreheap.heap import BINNED_STATES, Arena, ChunkState, HeapSnapshot
+from coreheap.leaks import Verdict
 from coreheap.report import LedgerNode, Report
-from tests.real_cores.truth import HeapInfo, Truth
+from tests.real_cores.truth import MEANT, HeapInfo, Truth
 
 Addresses = NDArray[np.uint64]
 SHOWN = 5
@@ -158,6 +161,76 @@ def ledger_errors(node: LedgerNode) -> list[str]:
     for child in node.children:
         errors += ledger_errors(child)
     return errors
+
+
+LOST = frozenset((Verdict.DEFINITELY_LOST, Verdict.INDIRECTLY_LOST))
+ALLOWED = {
+    "reachable": frozenset((Verdict.STILL_REACHABLE,)),
+    "weak": frozenset((Verdict.WEAKLY_HELD,)),
+    "possible": frozenset((Verdict.POSSIBLY_LOST,)),
+    "indirect": frozenset((Verdict.INDIRECTLY_LOST,)),
+    "definite": frozenset((Verdict.DEFINITELY_LOST,)),
+    "ring": LOST,
+}
+"""What coreheap may say of a block for which a word of MEANT stands."""
+
+Allowed = Callable[[str, str], frozenset[Verdict]]
+
+
+def verdicts_at(heap: HeapSnapshot, addresses: Addresses) -> NDArray[np.uint8]:
+    """The verdict on each chunk with these sorted payload addresses; NONE where there is no such chunk."""
+    verdicts = np.zeros(len(addresses), np.uint8)
+    for batch in heap.chunks.batches():
+        position = np.minimum(np.searchsorted(addresses, batch.payload_address), max(len(addresses) - 1, 0))
+        if len(addresses) and batch.verdict is not None:
+            hit = addresses[position] == batch.payload_address
+            verdicts[position[hit]] = batch.verdict[hit]
+    return verdicts
+
+
+def meant_otherwise(heap: HeapSnapshot, truth: Truth, allowed: Allowed) -> Counter[tuple[str, str, Verdict]]:
+    """How many blocks have a verdict that ``allowed(group, meant)`` does not hold: (group, meant, verdict) -> count."""
+    verdicts = verdicts_at(heap, truth.meant_payload_address)
+    groups = truth.groups
+    kinds = np.stack([truth.meant_group, truth.meant_verdict, verdicts.astype(np.uint64)])
+    found: Counter[tuple[str, str, Verdict]] = Counter()
+    for (group, meant, verdict), count in zip(*_counted(kinds), strict=True):
+        if Verdict(verdict) not in allowed(groups[group], MEANT[meant]):
+            found[groups[group], MEANT[meant], Verdict(verdict)] += count
+    return found
+
+
+def _counted(rows: NDArray[np.uint64]) -> tuple[list[list[int]], list[int]]:
+    kinds, counts = np.unique(rows, axis=1, return_counts=True)
+    return kinds.T.tolist(), counts.tolist()
+
+
+def rings_without_one_leader(heap: HeapSnapshot, truth: Truth) -> list[str]:
+    """Groups of lost rings that have not exactly one leader; those that something holds are left out."""
+    verdicts = verdicts_at(heap, truth.meant_payload_address)
+    result = []
+    for group in np.unique(truth.meant_group[truth.meant_verdict == RING]).tolist():
+        of_ring = verdicts[(truth.meant_group == group) & (truth.meant_verdict == RING)]
+        leaders = int((of_ring == Verdict.DEFINITELY_LOST).sum())
+        if leaders != 1 and np.isin(of_ring, list(LOST)).all():
+            result.append(f"{truth.groups[group]}: {leaders} of {len(of_ring)} blocks lead")
+    return result
+
+
+RING = next(number for number, word in MEANT.items() if word == "ring")
+
+
+def falsely_lost(heap: HeapSnapshot, truth: Truth) -> list[str]:
+    """Live blocks that are called lost though the program did not lose them. There must never be one."""
+    lost_ones = truth.meant_payload_address[np.isin(truth.meant_verdict, LOST_ON_PURPOSE)]
+    kept = np.setdiff1d(truth.live_payload_address, np.union1d(lost_ones, truth.leak_payload_address))
+    verdicts = verdicts_at(heap, kept)
+    wrong = kept[np.isin(verdicts, list(LOST))]
+    group_of = dict(zip(truth.meant_payload_address.tolist(), truth.meant_group.tolist(), strict=True))
+    return [f"{address:#x} ({truth.groups.get(group_of.get(address, 0), 'not marked')})" for address in wrong.tolist()]
+
+
+LOST_ON_PURPOSE = [number for number, word in MEANT.items() if word in ("indirect", "definite", "ring")]
 
 
 def mapped_bytes(truth: Truth) -> int:

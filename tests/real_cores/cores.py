@@ -41,7 +41,7 @@ RECORD_FILES = (
     "record.maps",
     "record.smaps",
 )
-COMMON_FLAGS = ("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fno-builtin")
+COMMON_FLAGS = ("-O2", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fno-builtin")
 
 
 class RunFailed(Exception):
@@ -97,12 +97,17 @@ def truth_for(name: str, directory: Path | None = None) -> truth.Truth:
 
 
 def _sources(case: Case) -> list[Path]:
-    return [PROGRAMS / f"{name}.c" for name in (*case.support, case.program)]
+    *support, program = (PROGRAMS / f"{name}.c" for name in (*case.support, case.program))
+    return [*support, program if program.exists() else program.with_suffix(".cc")]
+
+
+def _libraries(case: Case) -> list[Path]:
+    return [PROGRAMS / f"{name}.c" for name in case.libraries]
 
 
 def recorded_flags(case: Case) -> list[str]:
     """The compiler's flags without this machine's paths."""
-    return [*COMMON_FLAGS, *case.linking.flags, "-pthread"]
+    return [*case.linking.standard, *COMMON_FLAGS, *case.linking.flags, "-pthread"]
 
 
 def _build(case: Case, directory: Path) -> Path:
@@ -112,7 +117,7 @@ def _build(case: Case, directory: Path) -> Path:
         raise CannotMake(f"no {case.target.cc}: apt-get install {packages}")
     libc = _libc_to_build_with(case, directory)
     digest = hashlib.sha256(f"{RECIPE} {recorded_flags(case)}".encode())
-    for source in (*_sources(case), *sorted(PROGRAMS.glob("*.h"))):
+    for source in (*_sources(case), *_libraries(case), *sorted(PROGRAMS.glob("*.h"))):
         digest.update(source.read_bytes())
     version = subprocess.run([cc, "--version"], capture_output=True, check=True, text=True).stdout
     digest.update(version.encode() + (_libc_of(cc) if libc is None else libc.version.encode()))
@@ -126,7 +131,8 @@ def _build(case: Case, directory: Path) -> Path:
 
 def _libc_to_build_with(case: Case, directory: Path) -> TargetFiles | None:
     """None: what the compiler takes by itself."""
-    if case.target.platform is None:
+    # libstdc++ needs the libc that its compiler comes with.
+    if case.target.platform is None or case.linking.libraries:
         return None
     if case.linking.is_static:
         return files_of(case.target, directory)
@@ -140,14 +146,23 @@ def _compile(case: Case, cc: str, libc: TargetFiles | None, executable: Path) ->
         chosen = libc.compiler_flags(case.target.platform)
     # Debug information must not name the checkout it was built in.
     mapped = f"-ffile-prefix-map={PROGRAMS}=programs"
+    for source in _libraries(case):
+        library = executable.with_name(f"{source.stem}.so")
+        flags = [*case.linking.standard, *COMMON_FLAGS, "-fPIC", "-shared", "-pthread"]
+        _run_compiler(case, [cc, *flags, mapped, *chosen, str(source), "-o", str(library)])
     sources = map(str, _sources(case))
-    command = [cc, *recorded_flags(case), mapped, *chosen, *sources, "-o", str(unfinished), "-ldl"]
+    libraries = (*case.linking.libraries, "-ldl")
+    command = [cc, *recorded_flags(case), mapped, *chosen, *sources, "-o", str(unfinished), *libraries]
+    _run_compiler(case, command)
+    unfinished.rename(executable)
+
+
+def _run_compiler(case: Case, command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         hint = f" (apt-get install {' '.join(case.target.debian_packages)})"
         missing = hint if "No such file" in result.stderr or "cannot find" in result.stderr else ""
         raise CannotMake(f"{' '.join(command)} failed{missing}:\n{result.stderr}")
-    unfinished.rename(executable)
 
 
 def _libc_of(cc: str) -> bytes:

@@ -133,6 +133,8 @@ class Truth:
     freed_payload_address: addresses last seen freed, cached ones included. They may lie inside a
     larger free or live chunk by now, or in memory given back.
     leak_*: intended leaks; kinds: 1 definite, 2 indirect, 3 possible, 4 cycle (see LEAK_KINDS).
+    meant_*: blocks of which the scenario knows what is to be said (see MEANT); `meant_group` numbers blocks that are held or
+    lost in the same way, which `groups` names.
     place_*: where the scenario put a block (see PLACES).
     double_freed_payload_address: freed after the seal though not live.
     With `events_recorded` False (big_heap, other allocators) all of these are empty and only
@@ -161,6 +163,9 @@ class Truth:
     freed_payload_address: Addresses
     leak_payload_address: Addresses
     leak_kind: Words
+    meant_payload_address: Addresses
+    meant_verdict: Words
+    meant_group: Words
     place_payload_address: Addresses
     place_kind: Words
     double_freed_payload_address: Addresses
@@ -180,6 +185,12 @@ class Truth:
         """All numbers (decimal or 0x hex) noted under `name`, in order; empty if there are none."""
         return [int(word, 0) for line in self.notes.get(name, ()) for word in line.split()]
 
+    @property
+    def groups(self) -> dict[int, str]:
+        """What the groups of meant blocks are, by number."""
+        lines = (line.split(" ", 1) for line in self.notes.get("group", ()))
+        return {int(number): what for number, what in lines}
+
     def leaks_of(self, kind: str) -> Addresses:
         """Payload addresses of the intended leaks of one kind, a value of LEAK_KINDS."""
         found: Addresses = self.leak_payload_address[self.leak_kind == _key(LEAK_KINDS, kind)]
@@ -197,6 +208,7 @@ class Truth:
 
 
 LEAK_KINDS = {1: "definite", 2: "indirect", 3: "possible", 4: "cycle"}
+MEANT = {1: "reachable", 2: "weak", 3: "possible", 4: "indirect", 5: "definite", 6: "ring"}
 PLACES = {
     1: "tcache",
     2: "fastbin",
@@ -207,6 +219,9 @@ PLACES = {
     7: "top",
     8: "live",
 }
+
+
+MEANT_COLUMNS = ("meant_payload_address", "meant_verdict", "meant_group")
 
 
 def _key(names: dict[int, str], wanted: str) -> int:
@@ -223,6 +238,8 @@ def load_truth(path: Path) -> Truth:
     if document["format"] != TRUTH_FORMAT:
         raise RecordError(f"{path}: truth format {document['format']}, expected {TRUTH_FORMAT}")
     columns = {name: _unpack(packed) for name, packed in document["columns"].items()}
+    for name in MEANT_COLUMNS:  # younger than the committed fixtures
+        columns.setdefault(name, np.zeros(0, np.uint64))
     xml = _unzip(document["malloc_info_xml"])
     return Truth(
         case=document["case"],
@@ -310,7 +327,7 @@ _EVENT = np.dtype(
 )
 _ALLOCATE, _FREE, _REALLOC_FAILED = 1, 2, 3
 _THREAD_START, _THREAD_END, _FORKED = 4, 5, 6
-_LEAK, _PLACE, _DAMAGE, _SEAL, _CACHED = 7, 8, 9, 10, 11
+_LEAK, _PLACE, _DAMAGE, _SEAL, _CACHED, _MEANT = 7, 8, 9, 10, 11, 12
 
 
 def condense(record: Path, destination: Path, facts: dict[str, Any]) -> None:
@@ -393,6 +410,10 @@ def _account_of(events: NDArray[Any]) -> _Account:
     if unknown and any(thread["tcache_address"] for thread in threads):
         raise RecordError(f"threads {unknown} did not find their tcache: their blocks are missing")
 
+    meant = _last_by_address(before[before["kind"] == _MEANT])
+    meant = meant[meant["size"] != 0]
+    if not np.all(np.isin(meant["pointer"], live["pointer"])):
+        raise RecordError("something is meant to be said of a block that is not live")
     marks = {kind: np.sort(before[before["kind"] == kind], order="pointer") for kind in (_LEAK, _PLACE)}
     return _Account(
         columns={
@@ -409,6 +430,9 @@ def _account_of(events: NDArray[Any]) -> _Account:
             "freed_payload_address": freed["pointer"],
             "leak_payload_address": marks[_LEAK]["pointer"],
             "leak_kind": marks[_LEAK]["size"],
+            "meant_payload_address": meant["pointer"],
+            "meant_verdict": meant["size"],
+            "meant_group": meant["word"],
             "place_payload_address": marks[_PLACE]["pointer"],
             "place_kind": marks[_PLACE]["size"],
             "double_freed_payload_address": np.unique(
@@ -424,7 +448,7 @@ def _account_of(events: NDArray[Any]) -> _Account:
 
 
 def _live_and_freed(events: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The last event of every address, divided into allocations and frees."""
+    """The last of the events that say whether an address is live, divided into allocations and frees."""
     heap = events[np.isin(events["kind"], (_ALLOCATE, _FREE, _REALLOC_FAILED))]
     failed = np.flatnonzero(heap["kind"] == _REALLOC_FAILED)
     for index in failed:
@@ -433,9 +457,14 @@ def _live_and_freed(events: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
             (heap["pointer"][:index] == heap["pointer"][index]) & (heap["kind"][:index] == _ALLOCATE)
         )
         heap[index] = heap[earlier[-1]]
-    _, last_from_end = np.unique(heap["pointer"][::-1], return_index=True)
-    last = heap[len(heap) - 1 - last_from_end]
+    last = _last_by_address(heap)
     return last[last["kind"] == _ALLOCATE], last[last["kind"] == _FREE]
+
+
+def _last_by_address(events: NDArray[Any]) -> NDArray[Any]:
+    """The last event of every address, by address."""
+    _, last_from_end = np.unique(events["pointer"][::-1], return_index=True)
+    return events[len(events) - 1 - last_from_end]
 
 
 def _threads(events: NDArray[Any]) -> tuple[list[dict[str, Any]], set[int]]:

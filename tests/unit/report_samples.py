@@ -29,6 +29,23 @@ from coreheap.heap import (
     UnattributedRange,
     sum_of_totals,
 )
+from coreheap.leaks import (
+    VERDICTS,
+    Accumulation,
+    ChunkView,
+    Explanation,
+    LeakGroup,
+    LeakReport,
+    OwnerNode,
+    Place,
+    Reference,
+    RetainedChunk,
+    RetainedReport,
+    RootKind,
+    RootSummary,
+    Verdict,
+    VerdictTotal,
+)
 from coreheap.quantities import GIB, KIB, MIB, AddressRange
 from coreheap.report import (
     CoreSummary,
@@ -71,6 +88,7 @@ def batch(
     sub_heap: int = NO_INDEX,
     is_mmapped: bool = False,
     first_chunk: int = 0,
+    verdicts: list[int] | None = None,
 ) -> ChunkBatch:
     """A batch of chunks that tile the memory from ``start`` on."""
     chunk_bytes = np.array(sizes, dtype=np.uint64)
@@ -85,6 +103,7 @@ def batch(
         arena,
         sub_heap,
         is_mmapped,
+        None if verdicts is None else np.array(verdicts, dtype=np.uint8),
     )
 
 
@@ -273,13 +292,141 @@ def finding(code: str = "ARENA-BLOAT", severity: Severity = Severity.WARNING) ->
     )
 
 
+def group(number: int = 0, verdict: Verdict = Verdict.DEFINITELY_LOST, **changes: object) -> LeakGroup:
+    """4,000 chunks of 72 bytes that lead to 8,000 more; ``changes`` replace fields."""
+    made = LeakGroup(
+        number=number,
+        verdict=verdict,
+        type=None,
+        smallest_bytes=72,
+        largest_bytes=72,
+        count=4_000,
+        usable_bytes=288_000,
+        indirect_count=8_000,
+        indirect_bytes=896_000,
+        arenas=((3, 3_990), (None, 10)),
+        samples=(0x7F3A140008D0, 0x7F3A14000CE0),
+        holder=None,
+    )
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def leaks(*groups: LeakGroup, **changes: object) -> LeakReport:
+    """Verdicts whose sums are those of the groups, and 100 MiB still reachable; ``changes`` replace fields."""
+    sums = {verdict: VerdictTotal() for verdict in VERDICTS}
+
+    def add(verdict: Verdict, count: int, usable_bytes: int) -> None:
+        before = sums[verdict]
+        sums[verdict] = VerdictTotal(before.count + count, before.usable_bytes + usable_bytes)
+
+    add(Verdict.STILL_REACHABLE, 100_000, 100 * MIB)
+    for part in groups:
+        add(part.verdict, part.count, part.usable_bytes)
+        add(Verdict.INDIRECTLY_LOST, part.indirect_count, part.indirect_bytes)
+    lost = (sums[Verdict.DEFINITELY_LOST], sums[Verdict.INDIRECTLY_LOST])
+    made = LeakReport(
+        totals=sums,
+        groups=groups,
+        group_count=len(groups),
+        roots=(RootSummary(RootKind.MODULE_DATA, 283_432, 52), RootSummary(RootKind.REGISTER, 0, 3)),
+        edge_count=250_000,
+        missing_root_bytes=0,
+        missing_shared_bytes=0,
+        unreachable=VerdictTotal(sum(part.count for part in lost), sum(part.usable_bytes for part in lost)),
+    )
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def suspects() -> LeakReport:
+    """Groups of every kind of suspect."""
+    possible = group(
+        1,
+        Verdict.POSSIBLY_LOST,
+        type="std::string",
+        smallest_bytes=16 * KIB,
+        largest_bytes=32 * KIB - 8,
+        count=12,
+        usable_bytes=300 * KIB,
+        indirect_count=0,
+        indirect_bytes=0,
+        holder="libfoo.so cache+0x10",
+    )
+    weak = group(2, Verdict.WEAKLY_HELD, count=1, usable_bytes=72, indirect_count=0, indirect_bytes=0, samples=())
+    return leaks(group(), possible, weak, missing_shared_bytes=4 * MIB)
+
+
+def chunk_view(payload: int = 0x7F3A140008D0, usable: int = 72, **changes: object) -> ChunkView:
+    made = ChunkView(
+        7, payload - 16, payload, usable + 8, usable, "in_use", False, 3, Verdict.STILL_REACHABLE, "struct node"
+    )
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def explanation() -> Explanation:
+    """A chunk that a table holds, which a variable holds."""
+    table = chunk_view(0x7F3A14010010, 32_776, type=None)
+    node = chunk_view()
+    variable = Place(RootKind.MODULE_DATA, 0x7F3A5BFF1C80, "libfoo.so cache", None)
+    register = Place(RootKind.REGISTER, None, "thread 0 rdi", 0)
+    return Explanation(
+        address=node.payload_address + 8,
+        region="arena 3",
+        permissions="rw-",
+        is_saved=True,
+        chunk=node,
+        offset=8,
+        before=chunk_view(0x7F3A14000880, 56, state="tcache", verdict=Verdict.NONE, type=None),
+        holders=(Reference(register, 0, node, 16), Reference(table, 24, node, 0)),
+        holder_count=40,
+        targets=(Reference(node, 0, table, 32),),
+        target_count=1,
+        path=(Reference(variable, 0, table, 0), Reference(table, 24, node, 0)),
+        retained_bytes=72,
+        retained_count=1,
+    )
+
+
+def owner_nodes() -> tuple[OwnerNode, ...]:
+    """A table above a node, and a variable above the table, which the node holds as well."""
+    told = explanation()
+    table = told.path[1]
+    return (
+        OwnerNode(told.holders[0]),
+        OwnerNode(table, (OwnerNode(told.path[0]), OwnerNode(told.targets[0], seen_before=True)), omitted=2),
+    )
+
+
+def retained() -> RetainedReport:
+    return RetainedReport(
+        top=(
+            RetainedChunk(chunk_view(0x7F3A14010010, 32_776), 60 * MIB, 120_001, "libfoo.so cache"),
+            RetainedChunk(chunk_view(), 72, 1, None),
+        ),
+        accumulations=(
+            Accumulation(
+                chunk_view(0x7F3A14010010, 32_776), 60 * MIB, 60_000, 56, 59 * MIB, (0x7F3A140008D0, 0x7F3A140009D0)
+            ),
+            Accumulation("libfoo.so cache", 5 * MIB, 100, 72, 4 * MIB, (0x7F3A140008D0,)),
+        ),
+        reachable_bytes=100 * MIB,
+    )
+
+
 def report(**changes: object) -> Report:
     """A process with 13 arenas, of which most is retained; ``changes`` replace fields."""
     arenas = (main_arena(), *(thread_arena(index, (index,) if index % 2 else ()) for index in range(1, 13)))
     parts = (
-        batch(0x5599E0000290, [32, 48, 64, 4096], [0, 1, 0, 5]),
-        batch(0x7F3A140008C0, [1040, 80, 32], [0, 2, 6], arena=1, sub_heap=0, first_chunk=4),
-        batch(0x7F3A60000000, [135168, 4198400], [0, 0], arena=NO_INDEX, is_mmapped=True, first_chunk=7),
+        batch(0x5599E0000290, [32, 48, 64, 4096], [0, 1, 0, 5], verdicts=[1, 0, 5, 0]),
+        batch(0x7F3A140008C0, [1040, 80, 32], [0, 2, 6], arena=1, sub_heap=0, first_chunk=4, verdicts=[4, 0, 0]),
+        batch(
+            0x7F3A60000000,
+            [135168, 4198400],
+            [0, 0],
+            arena=NO_INDEX,
+            is_mmapped=True,
+            first_chunk=7,
+            verdicts=[3, 2],
+        ),
     )
     snapshot = heap(arenas, parts)
     made = Report(
@@ -320,6 +467,8 @@ def report(**changes: object) -> Report:
         ),
         phases=(Phase("read the core", 0.013, 0.02, 24 * MIB), Phase("walk the heap", 0.2, 0.21, None)),
         is_partial=True,
+        leaks=suspects(),
+        retained=retained(),
     )
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
@@ -337,6 +486,8 @@ def small_report() -> Report:
         anomaly_count=0,
         gaps=(),
         is_partial=False,
+        leaks=leaks(),
+        retained=None,
     )
 
 
@@ -361,6 +512,8 @@ def heapless_report() -> Report:
         anomalies=(),
         anomaly_count=0,
         other_allocators=("jemalloc",),
+        leaks=None,
+        retained=None,
     )
 
 
@@ -409,4 +562,36 @@ def damaged_report() -> Report:
         gaps=(Gap("cut", HOSTILE),),
         phases=(Phase(HOSTILE, float("inf"), 0.0, None),),
         defects=(HOSTILE,),
+        leaks=leaks(
+            *(group(number, type=HOSTILE, holder=HOSTILE, arenas=(), samples=()) for number in range(9)),
+            group_count=1_000_000,
+            roots=(),
+            missing_root_bytes=1 << 62,
+        ),
+        retained=RetainedReport(
+            (RetainedChunk(chunk_view(type=HOSTILE), 1 << 62, 1, HOSTILE),),
+            (Accumulation(HOSTILE, 0, 0, 0, 0, ()),),
+            0,
+        ),
+    )
+
+
+def hostile_explanation() -> Explanation:
+    """Hostile text everywhere text can stand, a way of many steps, and a pointer before its own chunk."""
+    place = Place(RootKind.MAPPED_FILE, 5, HOSTILE, 1 << 30)
+    chunk = chunk_view(type=HOSTILE)
+    step = Reference(chunk, 1 << 40, chunk, 1 << 40)
+    return Explanation(
+        address=(1 << 64) - 1,
+        region=HOSTILE,
+        permissions="rwx",
+        is_saved=False,
+        symbol=HOSTILE,
+        thread=3,
+        chunk=chunk,
+        offset=-16,
+        holders=(Reference(place, 0, chunk, 0),),
+        holder_count=1 << 40,
+        path=(Reference(place, 0, chunk, 0), *(step,) * 200),
+        notes=(HOSTILE,),
     )

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import coreheap
-from coreheap.accounting import REGION_LABELS, Claims, build_ledger, inside
+from coreheap.accounting import Claims, build_ledger, inside
+from coreheap.corefile.kinds import RegionLabel
 from coreheap.heap import Arena, HeapSnapshot, UnattributedRange
 from coreheap.quantities import AddressRange
 from coreheap.report import LedgerNode
@@ -107,7 +108,7 @@ def test_each_kind_of_memory_has_its_leaf(tmp_path: Path) -> None:
     with coreheap.open(process.write(tmp_path)) as core:
         ledger = build_ledger(core, None)
         assert_sums(ledger, mapped_bytes_of(core))
-    assert [child.name for child in ledger.children] == list(REGION_LABELS)
+    assert [child.name for child in ledger.children] == [label.name.lower() for label in RegionLabel]
     assert ledger.child("module_text").bytes == 0x1000 + 0x2000  # program and libc
     assert ledger.child("module_data").bytes == 0x1000 + 0x2000
     assert ledger.child("module_bss").bytes == 0x2000

@@ -142,11 +142,26 @@ class Assembly:
                 *self.copies.gaps,
             ),
             totals=sum_of_totals(region.totals for region in self.regions),
+            own_ranges=self._own_ranges(),
             mmapped_totals=mmapped_totals,
             mmapped_count=len(mapped),
             mmapped_bytes=int(mapped.mapping_bytes.sum()),
             copies=copies,
         )
+
+    def _own_ranges(self) -> tuple[AddressRange, ...]:
+        """malloc_state of every arena, and malloc_par: their bins, top and last_remainder hold no chunk."""
+        layout = self.found.layout
+        ranges = [
+            AddressRange(facts.address, facts.address + layout.state.byte_count)
+            for facts in self.survey.arenas
+            if facts.address is not None
+        ]
+        for copy in self.copies.found:
+            if copy.parameters is not None:
+                start = copy.parameters.address
+                ranges.append(AddressRange(start, start + layout.parameters.byte_count))
+        return tuple(ranges)
 
     def _copy(self, number: int, arenas: tuple[Arena, ...], more: list[Evidence]) -> MallocCopy:
         """One copy of malloc; ``more`` is evidence that all copies share."""

@@ -15,20 +15,39 @@ from coreheap.kernels.reference.columns import (
     state_totals,
     unpack_chunks,
 )
+from coreheap.kernels.reference.dominators import (
+    add_up_retained,
+    chunk_sizes,
+    count_by_verdict,
+    find_dominators,
+)
 from coreheap.kernels.reference.lists import overlay_free_lists
+from coreheap.kernels.reference.pointers import collect_edges, find_root_references, mark_reachable_directly
+from coreheap.kernels.reference.references import find_leaders, mark_reachable, reverse_edges, shortest_path
 from coreheap.kernels.reference.searching import find_arena_candidates, find_chunk_runs, find_mmapped_chunks
 from coreheap.kernels.reference.walking import chain_reaches, resynchronise, walk_region
 
 __all__ = [
+    "add_up_retained",
     "chain_reaches",
     "chunk_extents",
+    "chunk_sizes",
+    "collect_edges",
+    "count_by_verdict",
     "fill_ranks",
     "find_arena_candidates",
     "find_chunk_runs",
     "find_chunks",
+    "find_dominators",
+    "find_leaders",
     "find_mmapped_chunks",
+    "find_root_references",
+    "mark_reachable",
+    "mark_reachable_directly",
     "overlay_free_lists",
     "resynchronise",
+    "reverse_edges",
+    "shortest_path",
     "size_histogram",
     "state_totals",
     "unpack_chunks",

@@ -112,8 +112,8 @@ EXACT_SIZE_CLASSES = 1024
 SIZE_CLASSES = EXACT_SIZE_CLASSES + 54
 
 
-def _size_class(chunk_bytes: int, alignment: int) -> int:
-    granules = chunk_bytes // alignment
+def size_class_of(granules: int) -> int:
+    """The size class of a chunk of so many granules; see ``size_histogram``."""
     if granules < EXACT_SIZE_CLASSES:
         return granules
     return EXACT_SIZE_CLASSES + min(granules.bit_length() - EXACT_SIZE_CLASSES.bit_length(), 53)
@@ -129,7 +129,7 @@ def size_histogram(index: ChunkIndex, region: int, state_mask: int) -> tuple[Int
     totals = np.zeros(SIZE_CLASSES, np.uint64)
     for chunk, chunk_bytes in _all_chunks(index, region):
         if state_mask >> (int(index.state[chunk]) % STATE_SLOTS) & 1:
-            size_class = _size_class(chunk_bytes, index.geometry.alignment)
+            size_class = size_class_of(chunk_bytes // index.geometry.alignment)
             counts[size_class] += 1
             totals[size_class] += np.uint64(chunk_bytes)
     return counts, totals

@@ -17,14 +17,16 @@ from jsonschema import Draft202012Validator
 
 import coreheap
 from coreheap.cli import main, pipeline
-from coreheap.cli.arguments import CHUNK_STATES, SEVERITIES, Request
+from coreheap.cli.arguments import CHUNK_STATES, SEVERITIES, VERDICTS, Request
 from coreheap.errors import CoreheapError, InputNotUsable, MemoryFault, UnsupportedCore, UsageError
 from coreheap.heap import ChunkState
+from coreheap.leaks import Verdict
 from coreheap.render.json_document import SchemaName, schema_text
 from coreheap.report import Report, Severity
 from tests.unit import report_samples
 
 TABLES = ("arenas", "heaps", "chunks", "bins", "threads")
+REFERENCE_COMMANDS = ("leaks", "explain", "owners", "top")
 Answer = Callable[[Report | BaseException], None]
 
 
@@ -128,7 +130,7 @@ def test_a_file_without_a_command_gets_the_command(capsys: pytest.CaptureFixture
     assert f"next step: coreheap analyze {core}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "analyze", *TABLES])
+@pytest.mark.parametrize("command", ["", "analyze", *TABLES, *REFERENCE_COMMANDS])
 def test_help_teaches_by_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert main([*filter(None, [command]), "--help"]) == 0
     text = capsys.readouterr().out
@@ -237,6 +239,7 @@ def test_chunk_filters_reach_the_rows(answer: Answer, capsys: pytest.CaptureFixt
     assert sizes("--arena", "1") == [1040, 80, 32]
     assert sizes("--min-bytes", "1KiB", "--max-bytes", "4k") == [4096, 1040]
     assert sizes("--top", "2") == [4198400, 135168]
+    assert sizes("--leaks") == sizes()
     assert main(["chunks", "core", "--arena", "99"]) == 2
     assert "expected: one of 0 to 12" in capsys.readouterr().err
 
@@ -244,6 +247,7 @@ def test_chunk_filters_reach_the_rows(answer: Answer, capsys: pytest.CaptureFixt
 def test_names_known_to_the_parser_are_those_of_the_heap_and_the_report() -> None:
     assert tuple(state.label for state in ChunkState) == CHUNK_STATES
     assert tuple(severity.value for severity in Severity) == SEVERITIES
+    assert {verdict.label for verdict in Verdict if verdict is not Verdict.NONE} == set(VERDICTS)
 
 
 def test_the_users_words_reach_the_analysis(

@@ -57,7 +57,7 @@ from coreheap.cli import main, commands, pipeline
 @contextmanager
 def analyzed(request, progress):
     yield None
-def document(report, request, output):
+def document(report, request, output, explorer):
     yield b"half"
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(30)

@@ -61,3 +61,43 @@ def test_tables_validate_and_csv_says_the_same(core: Path, command: str, capsys:
             expected = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
             assert cells[column] == expected
     assert said(capsys, command, str(core)).strip()
+
+
+VERDICTS = ("definitely_lost", "indirectly_lost", "possibly_lost", "weakly_held", "still_reachable")
+
+
+@pytest.mark.parametrize("core", CORES, ids=lambda core: core.name)
+def test_leaks_add_up_and_their_chunks_can_be_asked_about(core: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leaks = json.loads(said(capsys, "analyze", str(core), "--json"))["leaks"]
+    every = [option for verdict in VERDICTS for option in ("--verdict", verdict)]
+    listed = [json.loads(line) for line in said(capsys, "leaks", str(core), "--list", *every, "--json").splitlines()]
+    for verdict in VERDICTS:
+        of_verdict = [row for row in listed if row["verdict"] == verdict]
+        assert leaks[verdict] == {
+            "count": len(of_verdict),
+            "usable_bytes": sum(row["usable_bytes"] for row in of_verdict),
+        }
+    for row in listed:
+        ROW.validate(row)
+    groups = rows(capsys, "leaks", core)
+    assert [row["number"] for row in groups] == [group["number"] for group in leaks["groups"]]
+    for group in leaks["groups"]:
+        of_group = [row for row in listed if row["group"] == group["number"]]
+        assert len(of_group) == group["count"] + group["indirect_count"]
+        assert sum(row["usable_bytes"] for row in of_group) == group["usable_bytes"] + group["indirect_bytes"]
+    with_verdicts = said(capsys, "chunks", str(core), "--leaks", "--json").splitlines()
+    found = {row["payload_address"]: row["verdict"] for row in map(json.loads, with_verdicts)}
+    assert {row["payload_address"]: row["verdict"] for row in listed} == {
+        address: verdict for address, verdict in found.items() if verdict is not None
+    }
+    assert said(capsys, "analyze", str(core), "--no-leaks", "--json").count('"leaks": null') == 1
+    for row in rows(capsys, "top", core)[:20]:
+        ROW.validate(row)
+    if not listed:
+        return
+    address = listed[0]["payload_address"]
+    for command in ("explain", "owners"):
+        (answer,) = (json.loads(line) for line in said(capsys, command, str(core), address, "--json").splitlines())
+        ROW.validate(answer)
+        assert answer["chunk"]["verdict"] == listed[0]["verdict"]
+        assert address in said(capsys, command, str(core), address)

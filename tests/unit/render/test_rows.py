@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from coreheap.heap import NO_INDEX, Arena, ChunkBatch, ChunkState
+from coreheap.leaks import Verdict
 from coreheap.render import rows
 from coreheap.render.json_document import SchemaName, schema_text
 from coreheap.render.rows import ChunkFilter, RowFormat
@@ -38,15 +39,35 @@ def batches(draw: st.DrawFn) -> ChunkBatch:
     states = draw(st.lists(st.integers(0, 255), min_size=count, max_size=count))
     is_mmapped = draw(st.booleans())
     arena, sub_heap = (NO_INDEX, NO_INDEX) if is_mmapped else draw(st.sampled_from([(0, NO_INDEX), (1, 0), (1, 7)]))
+    verdicts = np.array(draw(st.lists(st.integers(0, 7), min_size=count, max_size=count)), dtype=np.uint8)
     return ChunkBatch(
-        0, column(), column(), column(), column(), np.array(states, dtype=np.uint8), arena, sub_heap, is_mmapped
+        draw(st.integers(0, 1000)),
+        column(),
+        column(),
+        column(),
+        column(),
+        np.array(states, dtype=np.uint8),
+        arena,
+        sub_heap,
+        is_mmapped,
+        verdicts,
     )
 
 
+VERDICTS = (None, "still_reachable", "weakly_held", "possibly_lost", "indirectly_lost", "definitely_lost")
+
+
+def group_numbers(first: int, end: int) -> np.ndarray:
+    """Groups of chunks by their index: none for every third, else numbers of one to ten digits."""
+    chunks = np.arange(first, end, dtype=np.int64)
+    return np.where(chunks % 3 == 0, -1, chunks**3 % ((1 << 31) - 1)).astype(np.int32)
+
+
 def plain_rows(parts: list[ChunkBatch]) -> Iterator[dict[str, object]]:
-    """The rows as a reader of the contract would write them, one at a time."""
+    """The rows as a reader of the contract would write them, one at a time, with every column."""
     for part in parts:
         in_sub_heap = part.arena == 1 and part.sub_heap == 0
+        groups = group_numbers(part.first_chunk, part.first_chunk + len(part)).tolist()
         for index in range(len(part)):
             number = int(part.state[index])
             yield {
@@ -58,34 +79,87 @@ def plain_rows(parts: list[ChunkBatch]) -> Iterator[dict[str, object]]:
                 "is_mmapped": part.is_mmapped,
                 "arena": None if part.arena == NO_INDEX else part.arena,
                 "sub_heap": hex(ARENAS[1].sub_heaps[0].address) if in_sub_heap else None,
+                "verdict": None if part.verdict is None else verdict_label(int(part.verdict[index])),
+                "group": None if groups[index] < 0 else groups[index],
             }
 
 
-def plain_csv(parts: list[ChunkBatch]) -> str:
+def verdict_label(number: int) -> str | None:
+    return VERDICTS[number] if number < len(VERDICTS) else f"verdict_{number}"
+
+
+def plain_csv(parts: list[ChunkBatch], columns: Sequence[str] = rows.CHUNK_COLUMNS) -> str:
     page = io.StringIO()
     writer = csv.writer(page, lineterminator="\n")
-    writer.writerow(rows.CHUNK_COLUMNS)
+    writer.writerow(columns)
     for row in plain_rows(parts):
-        writer.writerow(
-            "" if cell is None else str(cell).lower() if isinstance(cell, bool) else cell for cell in row.values()
-        )
+        cells = [row[column] for column in columns]
+        writer.writerow("" if cell is None else str(cell).lower() if isinstance(cell, bool) else cell for cell in cells)
     return page.getvalue()
 
 
-def written(parts: list[ChunkBatch], row_format: RowFormat, wanted: ChunkFilter = ChunkFilter()) -> str:  # noqa: B008
-    texts = rows.row_texts(rows.wanted_rows(parts, ARENAS, wanted), row_format)
-    return (rows.header_line(row_format) + b"".join(texts)).decode("ascii")
+def written(
+    parts: list[ChunkBatch],
+    row_format: RowFormat,
+    columns: Sequence[str] = rows.CHUNK_COLUMNS,
+    wanted: ChunkFilter = ChunkFilter(),  # noqa: B008
+) -> str:
+    texts = rows.row_texts(rows.wanted_rows(parts, ARENAS, wanted, group_numbers), row_format, columns)
+    return (rows.header_line(row_format, columns) + b"".join(texts)).decode("ascii")
 
 
-@given(st.lists(batches(), max_size=3))
-def test_csv_equals_plain_formatting(parts: list[ChunkBatch]) -> None:
-    assert written(parts, RowFormat.CSV) == plain_csv(parts)
+COLUMNS = pytest.mark.parametrize(
+    "columns",
+    [rows.CHUNK_COLUMNS, (*rows.CHUNK_COLUMNS, rows.VERDICT_COLUMN), rows.LEAK_COLUMNS],
+    ids=["chunks", "verdicts", "leaks"],
+)
 
 
-@given(st.lists(batches(), max_size=3))
-def test_json_lines_equal_plain_formatting(parts: list[ChunkBatch]) -> None:
-    lines = written(parts, RowFormat.JSON_LINES)
-    assert lines == "".join(json.dumps(row) + "\n" for row in plain_rows(parts))
+@COLUMNS
+@given(parts=st.lists(batches(), max_size=3))
+def test_csv_equals_plain_formatting(columns: tuple[str, ...], parts: list[ChunkBatch]) -> None:
+    assert written(parts, RowFormat.CSV, columns) == plain_csv(parts, columns)
+
+
+@COLUMNS
+@given(parts=st.lists(batches(), max_size=3))
+def test_json_lines_equal_plain_formatting(columns: tuple[str, ...], parts: list[ChunkBatch]) -> None:
+    lines = written(parts, RowFormat.JSON_LINES, columns)
+    plain = ({column: row[column] for column in columns} for row in plain_rows(parts))
+    assert lines == "".join(json.dumps(row) + "\n" for row in plain)
+
+
+def test_columns_that_nobody_computed_are_unknown() -> None:
+    part = batch(0x1000, [32], [0])
+    (found,) = rows.wanted_rows([part], ARENAS, ChunkFilter())
+    lines = rows.row_texts([found], RowFormat.JSON_LINES, rows.LEAK_COLUMNS)
+    assert json.loads(b"".join(lines)) == {
+        "payload_address": "0x1010",
+        "usable_bytes": 24,
+        "verdict": None,
+        "arena": 0,
+        "group": None,
+    }
+    lost = ChunkFilter(verdicts=frozenset({Verdict.DEFINITELY_LOST}))
+    assert list(rows.wanted_rows([part], ARENAS, lost)) == []
+
+
+def test_verdicts_and_groups_follow_their_rows_through_filters() -> None:
+    parts = [
+        batch(0x1000, [32, 48, 64, 80], [0, 0, 0, 0], verdicts=[5, 1, 3, 5], first_chunk=1),
+        batch(0x9000, [4096], [0], arena=NO_INDEX, is_mmapped=True, verdicts=[5], first_chunk=5),
+    ]
+    wanted = ChunkFilter(min_bytes=48, verdicts=frozenset({Verdict.DEFINITELY_LOST, Verdict.POSSIBLY_LOST}))
+    lines = written(parts, RowFormat.CSV, rows.LEAK_COLUMNS, wanted).splitlines()
+    assert lines == [
+        "payload_address,usable_bytes,verdict,arena,group",
+        "0x1060,56,possibly_lost,0,",
+        "0x10a0,72,definitely_lost,0,64",
+        "0x9010,4080,definitely_lost,,125",
+    ]
+    largest = rows.largest_chunks(rows.wanted_rows(parts, ARENAS, wanted, group_numbers), 2)
+    assert [int(row.group[0]) for row in largest.rows if row.group is not None] == [125, 64]
+    assert [int(row.verdict[0]) for row in largest.rows if row.verdict is not None] == [5, 5]
 
 
 @settings(max_examples=20)
@@ -109,7 +183,15 @@ def test_every_row_validates_and_fits_one_definition() -> None:
         validator.validate(json.loads(line))
         chunk.validate(json.loads(line))
         assert tuple(json.loads(line)) == rows.CHUNK_COLUMNS
+        assert set(json.loads(line)) == set(schema["$defs"]["chunk"]["properties"]) - {"verdict"}
+    with_verdicts = [batch(0x1000, [32, 48], [0, 1], verdicts=[5, 0])]
+    for line in written(with_verdicts, RowFormat.JSON_LINES, (*rows.CHUNK_COLUMNS, rows.VERDICT_COLUMN)).splitlines():
+        chunk.validate(json.loads(line))
         assert set(json.loads(line)) == set(schema["$defs"]["chunk"]["properties"])
+    leak = Draft202012Validator({**schema, "anyOf": [{"$ref": "#/$defs/leak"}]})
+    for line in written(with_verdicts, RowFormat.JSON_LINES, rows.LEAK_COLUMNS).splitlines():
+        leak.validate(json.loads(line))
+        assert set(json.loads(line)) == set(schema["$defs"]["leak"]["properties"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,256 @@
+"""LEAK and POSSIBLE-LEAK: live chunks that the program can no longer free, or perhaps cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from coreheap.checks.protocol import Case
+from coreheap.evidence import Confidence, Evidence, Strength, confidence_from
+from coreheap.heap import HeapSnapshot
+from coreheap.leaks import LeakGroup, LeakReport, Verdict
+from coreheap.quantities import KIB, MIB, format_bytes, format_count
+from coreheap.report import Finding, Quantity, Severity, Unit
+
+SMALLEST_BYTES = 1 * KIB
+"""Lost bytes below which nothing is said: programs that run for long lose a few small blocks once and never again."""
+WARNING_BYTES, WARNING_SHARE = 1 * MIB, 0.05
+WARNING_BYTES_ALONE = 16 * MIB
+ERROR_BYTES, ERROR_SHARE = 64 * MIB, 0.25
+"""Lost bytes and share of the live bytes from which a leak is a warning (or by bytes alone), and an error."""
+
+POSSIBLE_BYTES, POSSIBLE_SHARE = 1 * MIB, 0.1
+POSSIBLE_WARNING_BYTES, POSSIBLE_WARNING_SHARE = 64 * MIB, 0.25
+"""The same for what is possibly lost; perl, for one, keeps a seventh of its heap by interior pointers alone."""
+
+MANY_LIKE_CHUNKS = 100
+GROUPS_NAMED = 3
+SAVED_PER_MISSING = 100
+"""Missing roots of more than one byte in so many saved ones speak strongly against a verdict on all roots."""
+
+THREADS_MISSING = ("threads_missing", "notes_truncated", "notes_damaged", "notes_too_many", "thread_notes_unusable")
+"""Gaps of the core after which a thread's registers may be missing among the roots."""
+
+UNSEEN_POINTERS = (
+    "pointers that are kept encoded or compressed, at unaligned addresses, in files or inside the kernel (epoll_data,"
+    " timers) are not seen: what only they hold counts as lost"
+)
+
+
+def findings(case: Case) -> tuple[Finding, ...]:
+    """At most one finding of each code."""
+    if case.heap is None or case.leaks is None:
+        return ()
+    return (*_leak(case, case.heap, case.leaks), *_possible_leak(case, case.heap, case.leaks))
+
+
+def _leak(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> Iterator[Finding]:
+    leaders = leaks.total(Verdict.DEFINITELY_LOST)
+    led = leaks.total(Verdict.INDIRECTLY_LOST)
+    lost = leaders.usable_bytes + led.usable_bytes
+    if not leaders.count or lost < SMALLEST_BYTES:
+        return
+    share = lost / leaks.total().usable_bytes
+    groups = [group for group in leaks.groups if group.verdict is Verdict.DEFINITELY_LOST]
+    evidence = [
+        Evidence(
+            f"no register, no root and no other live chunk leads to {format_count(leaders.count)} chunks",
+            "reference graph",
+            # Never a proof: a pointer may be encoded, or in the kernel's hands.
+            Strength.SOLID,
+        ),
+        *_group_evidence(groups),
+        *_doubts(case, heap, leaks),
+    ]
+    confidence = confidence_from(evidence)
+    yield Finding(
+        code="LEAK",
+        severity=_severity_of_leak(lost, share, confidence),
+        confidence=confidence,
+        subject=f"{format_count(leaders.count + led.count)} chunks",
+        quantities=(
+            Quantity("lost_bytes", lost, Unit.BYTES),
+            Quantity("lost_share", share, Unit.SHARE),
+            Quantity("definite_count", leaders.count, Unit.COUNT),
+            Quantity("definite_bytes", leaders.usable_bytes, Unit.BYTES),
+            Quantity("indirect_count", led.count, Unit.COUNT),
+            Quantity("indirect_bytes", led.usable_bytes, Unit.BYTES),
+            *_largest_group(groups),
+        ),
+        evidence=tuple(evidence),
+        next_steps=(
+            *_next_steps(groups),
+            "to see who allocates, run the workload under LeakSanitizer (-fsanitize=leak), valgrind"
+            " --leak-check=full or heaptrack; each costs speed",
+        ),
+        weakened_by=(UNSEEN_POINTERS, *_weakened_by(heap, leaks)),
+    )
+
+
+def _possible_leak(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> Iterator[Finding]:
+    possible = leaks.total(Verdict.POSSIBLY_LOST)
+    whole = leaks.total().usable_bytes
+    if possible.usable_bytes < POSSIBLE_BYTES or possible.usable_bytes < POSSIBLE_SHARE * whole:
+        return
+    share = possible.usable_bytes / whole
+    is_severe = possible.usable_bytes >= POSSIBLE_WARNING_BYTES and share >= POSSIBLE_WARNING_SHARE
+    # Without definitely lost chunks, what nothing leads to is possibly lost, because roots are missing.
+    nothing_leads = leaks.unreachable if not leaks.total(Verdict.DEFINITELY_LOST).count else None
+    unreachable = nothing_leads.usable_bytes if nothing_leads else 0
+    evidence = []
+    if nothing_leads and unreachable:
+        missing = leaks.missing_root_bytes
+        much = missing == 0 or missing * SAVED_PER_MISSING > case.core.saved_bytes
+        evidence += [
+            Evidence(
+                f"nothing in the core leads to {format_count(nothing_leads.count)} chunks of"
+                f" {format_bytes(unreachable)}",
+                "reference graph",
+                Strength.SOLID,
+            ),
+            Evidence(
+                f"{format_bytes(missing)} of writable memory are not in the core, where pointers to them can be"
+                if missing
+                else "no registers are in the core, where pointers to them can be",
+                "program headers and notes",
+                Strength.SOLID if much else Strength.HINT,
+                speaks_against=True,
+            ),
+        ]
+    inside = possible.count - (nothing_leads.count if nothing_leads else 0)
+    if inside:
+        evidence.append(
+            Evidence(
+                f"only pointers into their payloads, not to the starts, lead to {format_count(inside)} chunks of"
+                f" {format_bytes(possible.usable_bytes - unreachable)}",
+                "reference graph",
+                Strength.HINT,
+            )
+        )
+    groups = [group for group in leaks.groups if group.verdict is Verdict.POSSIBLY_LOST]
+    evidence += _doubts(case, heap, leaks)
+    confidence = confidence_from(evidence)
+    yield Finding(
+        code="POSSIBLE-LEAK",
+        severity=Severity.WARNING if is_severe and confidence is not Confidence.WEAK else Severity.INFO,
+        confidence=confidence,
+        subject=f"{format_count(possible.count)} chunks",
+        quantities=(
+            Quantity("possible_bytes", possible.usable_bytes, Unit.BYTES),
+            Quantity("possible_share", share, Unit.SHARE),
+            Quantity("possible_count", possible.count, Unit.COUNT),
+            Quantity("unreachable_bytes", unreachable, Unit.BYTES),
+            Quantity("missing_root_bytes", leaks.missing_root_bytes, Unit.BYTES),
+            *_largest_group(groups),
+        ),
+        evidence=tuple(evidence),
+        next_steps=_next_steps(groups),
+        weakened_by=(
+            "C++ objects of several bases, arrays with a hidden count, trees and lists that are linked by inner"
+            " members, and interpreters' objects are often held by interior pointers alone, and are no leak",
+            *((UNSEEN_POINTERS,) if unreachable else ()),
+            *_weakened_by(heap, leaks),
+        ),
+    )
+
+
+def _severity_of_leak(lost: int, share: float, confidence: Confidence) -> Severity:
+    if confidence is Confidence.WEAK:
+        return Severity.INFO
+    if lost >= ERROR_BYTES and share >= ERROR_SHARE and confidence.rank >= Confidence.STRONG.rank:
+        return Severity.ERROR
+    if lost >= WARNING_BYTES_ALONE or (lost >= WARNING_BYTES and share >= WARNING_SHARE):
+        return Severity.WARNING
+    return Severity.INFO
+
+
+def _group_evidence(groups: list[LeakGroup]) -> Iterator[Evidence]:
+    """The largest groups; very many like chunks are the mark of a leak that goes on."""
+    for group in groups[:GROUPS_NAMED]:
+        size = format_bytes(group.smallest_bytes)
+        if group.largest_bytes != group.smallest_bytes:
+            size += f" to {format_bytes(group.largest_bytes)}"
+        what = f" of type {group.type}" if group.type else ""
+        led = f", which lead to {format_bytes(group.indirect_bytes)} more" if group.indirect_bytes else ""
+        yield Evidence(
+            f"{format_count(group.count)} of {size}{what}, {format_bytes(group.usable_bytes)} together{led}",
+            "leak groups",
+            Strength.SOLID if group.count >= MANY_LIKE_CHUNKS else Strength.HINT,
+            group.samples[0] if group.samples else None,
+        )
+
+
+def _doubts(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> Iterator[Evidence]:
+    """What of this core speaks against verdicts that rest on every chunk and every pointer."""
+    partial = sum(arena.coverage is None or arena.coverage < 1.0 for arena in heap.arenas)
+    locked = sum(bool(arena.locked) for arena in heap.arenas)
+    causes = {gap.cause for gap in case.gaps}
+    doubts = (
+        (partial, f"{partial} arenas are not whole in the core or could not be walked to their end", "chunk walk"),
+        (heap.gaps, f"{len(heap.gaps)} parts of the heap's own data are not in the core", "gaps"),
+        (
+            heap.anomaly_count,
+            f"{format_count(heap.anomaly_count)} contradictions in the heap's own data",
+            "chunk walk and free lists",
+        ),
+        (
+            locked,
+            f"{locked} arenas were locked: a thread was inside malloc, and may not have handed out or taken back yet"
+            " what counts as in use",
+            "arenas",
+        ),
+        (
+            heap.identity.confidence is not Confidence.CERTAIN,
+            f"how the heap was found is only {heap.identity.confidence.value}",
+            "identification of the heap",
+        ),
+        (
+            leaks.missing_shared_bytes,
+            f"{format_bytes(leaks.missing_shared_bytes)} of writable mapped files and shared memory are not in the core",
+            "program headers",
+        ),
+        (
+            case.core.made_by == "gdb",
+            "gdb wrote this core, and leaves out without a trace what a program excludes from dumps (MADV_DONTDUMP)",
+            "notes of the core",
+        ),
+        (causes.intersection(THREADS_MISSING), "the registers of some threads may be missing", "notes of the core"),
+    )
+    for holds, statement, source in doubts:
+        if holds:
+            yield Evidence(statement, source, Strength.HINT, speaks_against=True)
+
+
+def _largest_group(groups: list[LeakGroup]) -> Iterator[Quantity]:
+    if not groups:
+        return
+    largest = max(groups, key=lambda group: group.all_bytes)
+    yield Quantity("largest_group_bytes", largest.all_bytes, Unit.BYTES)
+    yield Quantity("largest_group_count", largest.count, Unit.COUNT)
+    yield Quantity("sample_address", largest.samples[0] if largest.samples else None, Unit.ADDRESS)
+    if largest.type:
+        yield Quantity("largest_group_type", largest.type, Unit.TEXT)
+
+
+def _next_steps(groups: list[LeakGroup]) -> tuple[str, ...]:
+    samples = [group.samples[0] for group in groups[:GROUPS_NAMED] if group.samples]
+    asked = " ".join(f"{address:#x}" for address in samples)
+    explain = (
+        (f"coreheap explain CORE {asked} says what these chunks are, what leads to them and what they lead to",)
+        if samples
+        else ()
+    )
+    return (
+        "coreheap leaks CORE lists every group; coreheap leaks CORE --list --csv every chunk",
+        *explain,
+        "take a second core of the same process some time later: groups that grow are the leak",
+    )
+
+
+def _weakened_by(heap: HeapSnapshot, leaks: LeakReport) -> Iterator[str]:
+    if leaks.missing_shared_bytes:
+        yield (
+            f"{format_bytes(leaks.missing_shared_bytes)} of writable mapped files and shared memory are not in the"
+            " core; a pointer there would hold a chunk"
+        )
+    for gap in heap.gaps:
+        yield gap.consequence

@@ -1,0 +1,138 @@
+"""Who is lost and who holds whom in one core: the reference graph, asked in the field's words.
+
+Knows: in which order the graph is made and asked, and what follows when it cannot be made. Does not know: how
+references are found (``references``), or what a finding is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from coreheap.allocators.protocol import Progress
+from coreheap.corefile import Core
+from coreheap.evidence import Gap
+from coreheap.heap import HeapSnapshot
+from coreheap.leaks import Explanation, LeakReport, OwnerNode, RetainedReport
+from coreheap.quantities import format_count
+from coreheap.references import (
+    ReferenceGraph,
+    build_graph,
+    explain,
+    find_group_numbers,
+    find_retained,
+    owners,
+    summarise_leaks,
+)
+
+GroupNumbers = Callable[[int, int], npt.NDArray[np.int32]]
+"""For chunks [first, end) the number of the leak group that each counts in, -1 for none: int32[end - first]."""
+
+RETAINED_ROWS = 20
+
+
+class References:
+    """Who refers to whom in the heap of a core. Ask it while the core is open.
+
+    Addresses may lie anywhere: in a chunk's payload or header, or outside of the heap.
+    """
+
+    def __init__(self, graph: ReferenceGraph, progress: Progress = lambda phase, done, total: None) -> None:
+        self._graph = graph
+        self._progress = progress
+        self._leaks: LeakReport | None = None
+
+    @property
+    def leaks(self) -> LeakReport:
+        """Verdicts in sum, and the groups of suspects."""
+        if self._leaks is None:
+            self._progress("grouping suspects", 0, None)
+            self._leaks = summarise_leaks(self._graph)
+        return self._leaks
+
+    def explain(self, address: int, *, limit: int = 20, retained: bool = False) -> Explanation:
+        """What an address is: its chunk, neighbours, holders and targets (``limit`` of each), and a path from a root.
+
+        ``retained`` adds what would go with the chunk; that takes a search through the whole heap.
+        """
+        return explain(self._graph, address, holders=limit, targets=limit, retained=retained)
+
+    def owners(self, address: int, *, depth: int = 3, limit: int = 10) -> tuple[OwnerNode, ...]:
+        """Who refers to the chunk at an address, and who refers to them, ``depth`` levels up, ``limit`` for each.
+
+        Empty where no chunk holds the address, or nothing refers to it.
+        """
+        return owners(self._graph, address, depth, limit)
+
+    def retained(self, count: int = RETAINED_ROWS) -> RetainedReport:
+        """The ``count`` chunks that retain most, and the accumulation points, the largest first."""
+        self._progress("computing retained sizes", 0, None)
+        return find_retained(self._graph, count)
+
+    def group_numbers(self) -> GroupNumbers:
+        """Which group of ``leaks`` each chunk counts in; lost chunks in that of their leader."""
+        self._progress("grouping suspects", 0, None)
+        return find_group_numbers(self._graph)
+
+
+@dataclass(frozen=True, slots=True)
+class LeakSearch:
+    """What a search for leaks gave. ``heap`` has the verdicts.
+
+    Where the search is impossible the rest is None and ``gaps`` says why.
+    """
+
+    heap: HeapSnapshot
+    references: References | None
+    leaks: LeakReport | None
+    retained: RetainedReport | None
+    gaps: tuple[Gap, ...]
+
+
+def search_leaks(core: Core, heap: HeapSnapshot, progress: Progress, *, retained: bool) -> LeakSearch:
+    """Verdicts on all chunks of a heap. A heap that is too large for a graph gives a gap."""
+    try:
+        graph = build_graph(core, heap, progress)
+        references = References(graph, progress)
+        leaks = references.leaks
+    except (OverflowError, MemoryError) as error:
+        gap = _impossible("leak_check_impossible", heap, error, "nothing is said about leaks and holders")
+        return LeakSearch(heap, None, None, None, (gap,))
+    gaps = graph.gaps
+    largest: RetainedReport | None = None
+    if retained:
+        try:
+            largest = references.retained()
+        except (OverflowError, MemoryError) as error:
+            consequence = "nothing is said about what chunks keep alive"
+            gaps = (*gaps, _impossible("retained_sizes_impossible", heap, error, consequence))
+    with_verdicts = dataclasses.replace(heap, chunks=dataclasses.replace(heap.chunks, verdict=graph.verdict))
+    return LeakSearch(with_verdicts, references, leaks, largest, gaps)
+
+
+def explain_place(core: Core, address: int) -> Explanation:
+    """What the core alone says about an address, where there is no heap to ask about."""
+    memory = core.memory
+    number = memory.region_index(address)
+    if number is None:
+        return Explanation(address, "not mapped", "", is_saved=False)
+    region = memory.region(number)
+    module = core.module_at(address)
+    file = int(memory.region_file_index[number])
+    words = "memory of the process; no glibc heap could be read from this core"
+    if module is not None:
+        words = f"{module.name}+{address - module.start:#x}"
+    elif file >= 0:
+        words = f"mapped file {memory.mapped_files[file].path}"
+    permissions = "".join(letter if region.flags & bit else "-" for letter, bit in (("r", 4), ("w", 2), ("x", 1)))
+    return Explanation(address, words, permissions, memory.is_saved(address, address + 1))
+
+
+def _impossible(cause: str, heap: HeapSnapshot, error: Exception, consequence: str) -> Gap:
+    reason = "there is not enough memory" if isinstance(error, MemoryError) else str(error)
+    chunks = format_count(len(heap.chunks))
+    return Gap(cause, f"the references of {chunks} chunks cannot be held ({reason}): {consequence}")

@@ -1,0 +1,276 @@
+"""Verdicts on blocks, held against what the programs know of them: who is lost, who leads, who is held and by what.
+
+The programs mark every block (verdicts, containers, long_lists) or their leaks alone (all others). What must never happen
+is that a block is called lost which the program did not lose; that holds for each core, without tolerance.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import coreheap
+from coreheap.leaks import Verdict
+from coreheap.report import Report
+from tests.real_cores import cores, targets
+from tests.real_cores.cases import CASES, MATRIX, Case
+from tests.real_cores.comparison import (
+    ALLOWED,
+    LOST,
+    Allowed,
+    falsely_lost,
+    meant_otherwise,
+    rings_without_one_leader,
+    verdicts_at,
+)
+from tests.real_cores.conftest import core_or_skip
+from tests.real_cores.truth import MEANT, Truth, load_truth
+
+INTERFERENCE = 4
+"""Lost blocks that may be held by accident, in one core: by what calls that have returned left in registers and stacks, and
+by words that lead to the memory directly behind a mmapped block."""
+
+MARKED = tuple(name for name, case in {**CASES, **MATRIX}.items() if case.program in ("verdicts", "containers"))
+LISTS = tuple(name for name, case in {**CASES, **MATRIX}.items() if case.program == "long_lists" and not case.slow)
+DAMAGED = ("crash_in_malloc", "double_free")
+LEAKING = tuple(
+    name
+    for name, case in {**CASES, **MATRIX}.items()
+    if case.log_bytes and case.program not in (*DAMAGED, "verdicts", "containers", "long_lists")
+)
+SHARES = (0.2, 0.6, 0.95)
+
+
+def case_of(name: str) -> Case:
+    return CASES.get(name) or MATRIX[name]
+
+
+def core_of(name: str) -> cores.CorePaths:
+    target = case_of(name).target
+    is_here = target.release is None or targets.are_unpacked(target, cores.default_directory())
+    if not is_here and os.environ.get("CI") != "true":
+        # Nobody who runs the tests for the first time should wait for Debian packages of 15 machines.
+        pytest.skip(f"not downloaded yet; to run this test: scripts/make_cores --matrix --target {target.name}")
+    return core_or_skip(name)
+
+
+def analyse(core: Path, nothing: Path) -> Report:
+    """A report from the core alone."""
+    with coreheap.open(core, sysroot=nothing) as opened:
+        return coreheap.analyze(opened)
+
+
+# ------------------------------------------------------------------------------ what a core does not tell
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What a core lacks; some verdicts are lowered for it, never towards a loss."""
+
+    thread_pointers: bool
+    """Whether it tells them; with them each thread's descriptor is known, which says where its stack begins and ends.
+    qemu does not tell them, nor does gdb on i386."""
+    guards: bool
+    """Whether the guards of thread stacks are regions of the core: without thread pointers, these tell stacks from other
+    memory. They are not from glibc 2.42 on with Linux 6.13 (MADV_GUARD_INSTALL), nor in cores of gdb."""
+    signal_stack: bool
+    """The first thread runs on a stack of its signal handler: how deep its other one is, nobody knows."""
+    inaccessible: bool
+    """Whether memory that the program made inaccessible is in the core. qemu does not write it."""
+
+    @property
+    def stacks(self) -> bool:
+        return self.thread_pointers or self.guards
+
+
+def circumstances_of(case: Case, truth: Truth) -> Circumstances:
+    return Circumstances(
+        thread_pointers=truth.made_by != "qemu" and (truth.made_by, truth.machine) != ("gdb", "i386"),
+        guards=_stacks_are_guarded(truth) and truth.made_by != "gdb",
+        signal_stack="end=altstack" in case.arguments,
+        inaccessible=truth.made_by != "qemu",
+    )
+
+
+def _stacks_are_guarded(truth: Truth) -> bool:
+    """Whether the process had memory without access directly below the stack of a worker, which has 256 KiB."""
+    end_of_guard = None
+    for line in truth.maps.splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if "rw-p" in line and start == end_of_guard and end - start == 256 << 10:
+            return True
+        end_of_guard = end if "---p" in line else None
+    return False
+
+
+IN_THREAD_STORAGE = re.compile(r"TLS|initialised TLS|dynamic TLS|(late )?pthread key|argument of a thread")
+
+
+def allowed_in(case: Case, truth: Truth) -> Allowed:
+    """What is meant, and where the core lacks something what may be said instead."""
+    core = circumstances_of(case, truth)
+
+    def allowed(group: str, meant: str) -> frozenset[Verdict]:
+        verdicts = ALLOWED[meant] | held_by_leftovers(group)
+        if "hidden=1" in case.arguments and meant in ("indirect", "definite", "ring"):
+            # A pointer may be in the memory that was not dumped.
+            verdicts = (verdicts - LOST) | {Verdict.POSSIBLY_LOST}
+        if IN_THREAD_STORAGE.match(group) and not core.thread_pointers:
+            # It lies in the stack's mapping, and nothing tells it from the stack.
+            verdicts |= {Verdict.WEAKLY_HELD}
+        if group.startswith("main stack") and core.signal_stack and not core.thread_pointers:
+            # qemu does not tell where the kernel put the first stack either.
+            verdicts |= {Verdict.STILL_REACHABLE, Verdict.POSSIBLY_LOST}
+        if group.endswith("mmapped page") and not core.stacks:
+            # The kernel may have joined it with a stack.
+            verdicts |= {Verdict.WEAKLY_HELD}
+        if group == "page made inaccessible" and not core.inaccessible:
+            verdicts |= LOST
+        return verdicts
+
+    def held_by_leftovers(group: str) -> frozenset[Verdict]:
+        if group.endswith("of a thread that has ended"):
+            return frozenset((Verdict.WEAKLY_HELD,) if core.stacks else (Verdict.WEAKLY_HELD, Verdict.STILL_REACHABLE))
+        if group == "dead stack" and core.signal_stack:
+            return frozenset(
+                (Verdict.WEAKLY_HELD,) if core.thread_pointers else (Verdict.WEAKLY_HELD, Verdict.STILL_REACHABLE)
+            )
+        if group == "dead stack" and not core.stacks:
+            return frozenset((Verdict.WEAKLY_HELD,))
+        return frozenset()
+
+    return allowed
+
+
+def without_interference(found: Counter[tuple[str, str, Verdict]]) -> tuple[list[str], int]:
+    """What no accident explains, and how many blocks are held by accident."""
+    wrong, by_accident = [], 0
+    for (group, meant, verdict), count in sorted(found.items()):
+        is_mmapped_too = group in ("aligned", "reallocated", "mmapped")
+        if (meant != "reachable" and verdict is Verdict.WEAKLY_HELD) or (
+            meant in ("indirect", "definite") and verdict is Verdict.POSSIBLY_LOST and is_mmapped_too
+        ):
+            by_accident += count
+        else:
+            wrong.append(f"{count} blocks of {group!r}, meant to be {meant}: {verdict.name}")
+    return wrong, by_accident
+
+
+# ------------------------------------------------------------------------------------ every block marked
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_every_block_has_the_verdict_that_is_meant(name: str, tmp_path: Path) -> None:
+    paths = core_of(name)
+    truth, report = load_truth(paths.truth), analyse(paths.core, tmp_path)
+    assert report.heap is not None
+    assert report.defects == ()
+    assert len(truth.meant_payload_address) > 1000
+    case = case_of(name)
+    false_losses = falsely_lost(report.heap, truth)
+    if not circumstances_of(case, truth).inaccessible:
+        false_losses = [line for line in false_losses if "page made inaccessible" not in line]
+    assert false_losses == []
+    wrong, by_accident = without_interference(meant_otherwise(report.heap, truth, allowed_in(case, truth)))
+    assert wrong == []
+    assert by_accident <= INTERFERENCE
+    if "hidden=1" not in case.arguments:
+        assert rings_without_one_leader(report.heap, truth) == []
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_long_lists(name: str, tmp_path: Path) -> None:
+    """Not one of a million may differ, and no search may be as deep as a list is long."""
+    paths = core_of(name)
+    truth, report = load_truth(paths.truth), analyse(paths.core, tmp_path)
+    assert report.heap is not None
+    assert meant_otherwise(report.heap, truth, lambda group, meant: ALLOWED[meant]) == {}
+    assert rings_without_one_leader(report.heap, truth) == []
+    assert report.leaks is not None
+    assert report.leaks.totals[Verdict.DEFINITELY_LOST].count == 2
+    assert report.leaks.totals[Verdict.INDIRECTLY_LOST].count == int(truth.note("lost")) - 2
+
+
+@pytest.mark.skipif("COREHEAP_SLOW" not in os.environ, reason="10 million nodes: set COREHEAP_SLOW=1")
+def test_very_long_lists(tmp_path: Path) -> None:
+    paths = core_or_skip("long_lists@slow")
+    truth, report = load_truth(paths.truth), analyse(paths.core, tmp_path)
+    assert report.leaks is not None
+    totals = report.leaks.totals
+    assert totals[Verdict.DEFINITELY_LOST].count == 2
+    assert totals[Verdict.INDIRECTLY_LOST].count == int(truth.note("lost")) - 2
+    # And a few of libc's own.
+    assert 0 <= totals[Verdict.STILL_REACHABLE].count - int(truth.note("kept")) < 10
+    assert totals[Verdict.POSSIBLY_LOST].count == totals[Verdict.WEAKLY_HELD].count == 0
+
+
+# ------------------------------------------------------------------------------------- leaks alone marked
+
+VERDICT_OF_LEAK = {
+    "definite": {Verdict.DEFINITELY_LOST},
+    "indirect": {Verdict.INDIRECTLY_LOST},
+    "cycle": LOST,
+    "possible": {Verdict.POSSIBLY_LOST},
+}
+
+
+@pytest.mark.parametrize("name", LEAKING)
+def test_leaks_are_seen_and_nothing_else_is_lost(name: str, tmp_path: Path) -> None:
+    paths = core_of(name)
+    truth, report = load_truth(paths.truth), analyse(paths.core, tmp_path)
+    if report.heap is None or report.leaks is None:
+        assert truth.coredump_filter == 0
+        return
+    assert falsely_lost(report.heap, truth) == []
+    missing = report.leaks.missing_root_bytes
+    held = 0
+    for kind, verdicts in VERDICT_OF_LEAK.items():
+        found = verdicts_at(report.heap, truth.leaks_of(kind))
+        wanted = [Verdict.POSSIBLY_LOST] if missing else list(verdicts)
+        by_accident = ~np.isin(found, wanted)
+        assert np.isin(found[by_accident], [Verdict.WEAKLY_HELD, Verdict.POSSIBLY_LOST]).all(), kind
+        held += int(by_accident.sum())
+    # Stacks of ended threads are full of what they used.
+    assert held <= max(INTERFERENCE, len(truth.leak_payload_address) // 10)
+
+
+# ------------------------------------------------------------------------------------------- parts missing
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", ["verdicts", "containers", "bullseye-i386/verdicts", "trixie-arm64/verdicts"])
+def test_in_a_cut_core_nothing_is_definitely_lost(name: str, share: float, tmp_path: Path) -> None:
+    paths = core_of(name)
+    report = analyse(cores.truncated(paths.core, share, tmp_path), tmp_path)
+    if report.heap is None or report.leaks is None:
+        return
+    assert report.leaks.missing_root_bytes > 0
+    assert report.leaks.totals[Verdict.DEFINITELY_LOST].count == 0
+    assert report.leaks.totals[Verdict.INDIRECTLY_LOST].count == 0
+    assert any(gap.cause == "roots_missing" for gap in report.gaps)
+    assert falsely_lost(report.heap, load_truth(paths.truth)) == []
+
+
+def test_hidden_memory_is_said(tmp_path: Path) -> None:
+    paths = core_of("verdicts@hidden")
+    report = analyse(paths.core, tmp_path)
+    assert report.leaks is not None
+    assert report.leaks.missing_root_bytes == 2 * 4096
+    assert any(gap.cause == "roots_missing" for gap in report.gaps)
+
+
+def test_the_recorder_hides_nothing(tmp_path: Path) -> None:
+    """What the fixture itself keeps must not be private memory that the core lacks: any block might be held there."""
+    report = analyse(core_of("plain_small").core, tmp_path)
+    assert report.leaks is not None
+    assert report.leaks.missing_root_bytes == 0
+
+
+def test_every_word_of_meant_is_compared() -> None:
+    assert set(MEANT.values()) == set(ALLOWED)

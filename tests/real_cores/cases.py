@@ -142,6 +142,11 @@ def _arena_cases() -> Iterator[Case]:
     for content in ("random", "pointers"):
         arguments = (f"content={content}", "main=1024", "big=1024", "plain=2048", "seed=132")
         yield Case(f"full_{content}", "full_memory", arguments, log_bytes=0, slow=True)
+    for shape in ("one", "list", "shuffled", "star", "none"):
+        arguments = (f"shape={shape}", "chunks=10000000", "threads=4", "seed=133")
+        yield Case(f"graph_{shape}", "graph_heap", arguments, log_bytes=0, slow=True)
+    giant = ("shape=one", "chunks=60000000", "threads=4", "seed=134")
+    yield Case("graph_one_giant", "graph_heap", giant, log_bytes=0, slow=True)
 
 
 def _damage_cases() -> Iterator[Case]:
@@ -289,6 +294,7 @@ EXCLUSIONS = (
     Exclusion("bloat_small", "*", "the committed twin of bloat"),
     Exclusion("retained_small", "*", "the committed twin of retained, whose matrix arguments are as small"),
     Exclusion("full_*", "*", "for measurements alone, 4 GB each"),
+    Exclusion("graph_*", "*", "for measurements alone, 1 GB and more each"),
     Exclusion("no_glibc_heap", "*", "malloc is never called: no heap to compare"),
     Exclusion("long_lists@slow", "*", "for measurements alone; nothing of it differs by release"),
     Exclusion("containers", "bullseye-*", "libstdc++ is this machine's and needs a newer libc"),

@@ -131,8 +131,8 @@ def test_leaks_in_numbers(analysed: Analysed, case: str) -> None:
     mmapped_words = 8 * sum(address in mmapped_payloads(report) for address in lost)
     assert finding.quantity("lost_bytes") == sum(usable[address] for address in lost) - mmapped_words
     # A thread that stopped inside malloc lowers the confidence, and so does the damage that stopped it.
-    is_locked = any(arena.locked for arena in report.heap.arenas)
-    assert finding.confidence is (Confidence.PLAUSIBLE if is_locked else Confidence.STRONG)
+    doubts = any(arena.locked for arena in report.heap.arenas) + bool(report.anomaly_count)
+    assert finding.confidence is (Confidence.STRONG, Confidence.PLAUSIBLE, Confidence.WEAK)[doubts]
     assert finding.severity is (Severity.WARNING if case == "mmapped" else Severity.INFO)
 
 

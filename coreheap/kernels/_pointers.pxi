@@ -21,8 +21,8 @@ cdef extern from *:
     #endif
     }
     /* Which of up to 64 words may lead to a chunk: bit k for word k. A word leads nowhere that is not in [lowest,
-       lowest + span) once masked; the SSE2 way for 8 bytes compares the high halves alone, so it lets some pass that are
-       beyond the end. With ``ahead`` bytes, what lies so far behind is asked for meanwhile: the processor's own
+       lowest + span) once masked; the SSE2 way for 8 bytes compares the high halves alone, so it lets some pass that
+       are beyond the end. With ``ahead`` bytes, what lies so far behind is asked for meanwhile: the processor's own
        prefetching ends at each page. */
     static inline uint64_t coreheap_words_in_span(
         const uint8_t *at, int64_t words, int word_bytes, uint64_t mask, uint64_t lowest, uint64_t span, int64_t ahead)
@@ -158,9 +158,9 @@ cdef class _Pointers:
     """Finds out which words lead to chunks; what follows from it is for subclasses to say, in ``settle``.
 
     Words that may be pointers wait in a ring while the lookup row of each comes from memory. The columns of the index
-    are read through plain pointers: ``__cinit__`` proves once that what the blocks say are regions, and that the rows of
-    each region lie in the lookup; so an address inside a region leads to a row. Ranks are not proven: what they lead to
-    is compared with the number of chunks each time.
+    are read through plain pointers: ``__cinit__`` proves once that what the blocks say are regions, and that the rows
+    of each region lie in the lookup; so an address inside a region leads to a row. Ranks are not proven: what they lead
+    to is compared with the number of chunks each time.
     """
 
     cdef _Index index
@@ -346,8 +346,8 @@ cdef class _Pointers:
     cdef int read_stretch(self, int64_t region, uint64_t offset, const uint8_t *at, int64_t words) except -1 nogil:
         """As many words of a region as lie behind each other in the file; ``offset`` from its start, a header at least.
 
-        A word belongs to the chunk whose bytes hold the address a header's bytes before it: its *place*. So the words of
-        a row are those whose places lie in it.
+        A word belongs to the chunk whose bytes hold the address a header's bytes before it: its *place*. So the words
+        of a row are those whose places lie in it.
         """
         cdef const uint64_t *first_row = self.rows + 2 * self.region_first_word[region]
         cdef int row_shift = self.granule_shift + 6

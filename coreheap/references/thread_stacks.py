@@ -27,6 +27,8 @@ ABOVE_LIMIT = 1 << 20
 LEAST_STACK_BYTES = 1 << 14
 """PTHREAD_STACK_MIN is no smaller on any machine (sysdeps, bits/local_lim.h)."""
 PAGES_AT_ONCE = 1 << 14
+THREADS_ASKED = 64
+"""So many threads, or half of that, are enough to learn from."""
 GUARD_LIMIT = 1 << 20
 """So far the block may begin before the mapping that holds the descriptor; a guard is a mapping of its own, or none."""
 
@@ -95,10 +97,10 @@ def ended_stacks(
 
 
 def _form_of(core: Core, descriptors_are_above: bool) -> _Form | None:
-    """The distance at which most threads have a block that holds both their thread pointer and their stack pointer."""
+    """The distance at which most of some threads have a block that holds both their thread pointer and their stack pointer."""
     memory, word = core.memory, core.word_bytes
     votes: Counter[int] = Counter()
-    for thread in core.threads:
+    for thread in core.threads[:: len(core.threads) // THREADS_ASKED + 1]:
         pointer = thread.thread_pointer or 0
         low = pointer if descriptors_are_above else pointer - DESCRIPTOR_BYTES
         try:

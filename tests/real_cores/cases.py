@@ -38,7 +38,7 @@ class Linking:
 
 
 RECORDED = ("recorder", "record_files", "scenario")
-MEANT = (*RECORDED, "shapes")
+SHAPED = (*RECORDED, "shapes")
 UNRECORDED = ("no_recorder", "record_files", "scenario")
 RECORDS_ITSELF = ("record_files", "scenario")  # the program has the recorder inside
 
@@ -205,7 +205,7 @@ def _copies_cases() -> Iterator[Case]:
 
 def _verdict_cases() -> Iterator[Case]:
     """Processes that know what is to be said of each of their blocks."""
-    verdicts = Case("verdicts", "verdicts", ("threads=4", "seed=181"), support=MEANT, libraries=("held_library",))
+    verdicts = Case("verdicts", "verdicts", ("threads=4", "seed=181"), support=SHAPED, libraries=("held_library",))
     yield verdicts
     yield verdicts.variant("altstack", arguments=("threads=2", "seed=182", "end=altstack"))
     yield verdicts.variant("gcore", arguments=("threads=1", "seed=183"), made_by="gcore")

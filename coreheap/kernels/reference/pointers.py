@@ -130,12 +130,12 @@ def find_root_references(
     written: an exact reference is told once, an interior one once and only before an exact one. Raises ValueError for
     a range that ends above 2**63, or for bitmaps of another length.
     """
+    pointers, words = _Pointers(index, address_mask), _Words(memory, index.geometry.word_bytes)
     if len(start) != len(end):
         raise ValueError("the columns of ranges differ in length")
     if any(high > ADDRESS_LIMIT for high in end.tolist()):
         raise ValueError(f"a range ends at {int(end.max()):#x}, where no process has memory")
     check_bits(index.chunk_count, seen_exact, seen_interior)
-    pointers, words = _Pointers(index, address_mask), _Words(memory, index.geometry.word_bytes)
     holders: list[int] = []
     targets: list[int] = []
     for low, high in zip(start.tolist(), end.tolist(), strict=True):
@@ -167,10 +167,10 @@ def mark_reachable_directly(
     Not more than ``most_waiting`` chunks wait for their visit, of 16 bytes each. Where more would have to, the rest is found
     by going over the marks again. Raises ValueError for bitmaps of another length, IndexError for seeds without a chunk.
     """
+    pointers, words = _Pointers(index, address_mask), _Words(memory, index.geometry.word_bytes)
     check_bits(index.chunk_count, marked, interior)
     if most_waiting < 1:
         raise ValueError(f"{most_waiting} chunks cannot wait")
-    pointers, words = _Pointers(index, address_mask), _Words(memory, index.geometry.word_bytes)
     payloads = {chunk: (start, end) for chunk, start, end in _chunks_in_use(index)}
     visited = marked.copy()
     count = 0

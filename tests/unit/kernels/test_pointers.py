@@ -593,7 +593,7 @@ def test_too_many_chunks(kernels: ModuleType) -> None:
     heap = heap_of(MACHINE_64, [(4, IN_USE)] * 2)
     index, memory = index_of(kernels, heap), memory_map_of(heap)
     bits = bitmaps(index)
-    index.__class__ = Enormous  # type: ignore[assignment]
+    index.__class__ = Enormous
     none, no_chunks = np.empty(0, np.uint64), np.empty(0, np.uint32)
     with pytest.raises(OverflowError, match="more than references can tell apart"):
         kernels.collect_edges(index, memory, ALL_BITS)

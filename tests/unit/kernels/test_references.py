@@ -502,7 +502,7 @@ def test_wrong_types(compiled: ModuleType) -> None:
     edges, bits = edges_of([[1], []]), bits_of([], 2)
     signed = Edges(edges.first.astype(np.int64), edges.target)  # type: ignore[arg-type]
     strided = Edges(np.zeros(6, np.uint32)[::2], edges.target)
-    for broken in (signed, strided, Edges(edges.first, edges.target.astype(np.uint64))):  # type: ignore[arg-type]
+    for broken in (signed, strided, Edges(edges.first, edges.target.astype(np.uint64))):
         with pytest.raises(ValueError, match=r"mismatch|contiguous"):
             compiled.mark_reachable(broken, numbers(0), bits.copy(), bits.copy(), True)
     with pytest.raises(ValueError, match="mismatch"):

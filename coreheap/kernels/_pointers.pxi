@@ -478,7 +478,8 @@ cdef class _Pointers:
                 high = middle
         gap_start = 0
         if low > 0:
-            gap_start = self.index.mmapped_start[low - 1] + self.index.mmapped_bytes[low - 1]
+            # The word itself has to lie in the mapping: right behind it another one begins.
+            gap_start = self.index.mmapped_start[low - 1] + self.index.mmapped_bytes[low - 1] - self.header_bytes
             if address < gap_start:
                 return low - 1
         self.gap_start = gap_start

@@ -4,7 +4,7 @@ Knows: chunks by number, words that may be pointers. Does not know: allocators, 
 
 A word leads to the chunk in whose payload it falls: from the payload's first byte to one word past the chunk's own end,
 where the payload ends (a chunk lends its first word to the chunk before). The address one past a payload's end counts as
-inside. Only chunks in use are read. Unaligned and encoded pointers are not seen.
+inside, but for mmapped chunks, behind which another mapping begins. Only chunks in use are read. Unaligned and encoded pointers are not seen.
 """
 
 from __future__ import annotations
@@ -76,7 +76,13 @@ class _Pointers:
             return None
         if chunk >= self.index.chunk_count:
             raise ValueError("the ranks of the index lead to chunks that it does not have")
+        if chunk >= self.index.region_chunks and self._is_behind_mapping(chunk, place + self.header_bytes):
+            return None
         return chunk if self.index.chunk_starting_at(place) == chunk else chunk | INTERIOR
+
+    def _is_behind_mapping(self, chunk: int, address: int) -> bool:
+        mapped, row = self.index.mmapped, chunk - self.index.region_chunks
+        return address >= int(mapped.mapping_start[row]) + int(mapped.mapping_bytes[row])
 
 
 def _chunks_in_use(index: ChunkIndex) -> Iterator[tuple[int, int, int]]:

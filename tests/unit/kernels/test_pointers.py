@@ -68,8 +68,9 @@ class Truth:
         headers = [chunk.header_address for chunk in heap.all_chunks()]
         self.payloads = [payload_of(heap, header) for header in headers]
         # A place is where a word points to, less a header: between this chunk's header and the next one's.
-        ends = [end - (heap.machine.word_bytes if number < index.region_chunks else 0) for number, (_, end) in
-                enumerate(self.payloads)]  # fmt: skip
+        # Behind a mapping another one begins: the word itself has to lie in it.
+        less = (heap.machine.word_bytes, heap.machine.header_bytes)
+        ends = [end - less[number >= index.region_chunks] for number, (_, end) in enumerate(self.payloads)]
         self.extents = list(zip(headers, ends, strict=True))
         self.in_use = [state == ChunkState.IN_USE for state in index.state.tolist()]
 
@@ -253,7 +254,8 @@ def test_mmapped_chunks(kernels: ModuleType, machine: Machine) -> None:
     put(heap, small + word, two)
     put(heap, small + 2 * word, two - 1)  # before its payload: behind the end of the first one? no, in its own lead
     put(heap, segment.chunks[1].payload_address(machine), one + 0x1800)
-    put(heap, segment.chunks[1].payload_address(machine) + word, BASE + 0x13000 + machine.header_bytes - 1)
+    put(heap, segment.chunks[1].payload_address(machine) + word, BASE + 0x13000 - 1)
+    put(heap, segment.chunks[1].payload_address(machine) + 2 * word, BASE + 0x13000)  # behind it: nobody's
     put(heap, one, small)
     put(heap, BASE + 0x13000 - word, two + 8)  # the last word of the first mapping
     put(heap, one + word, one + word)  # itself

@@ -44,12 +44,14 @@ class AnalysisOptions:
     """What ``analyze`` should do. ``progress`` is told what is being done; it must not print to stdout.
 
     ``leaks`` looks for leaks: every pointer in the core is followed. ``retained`` computes as well what each chunk
-    keeps alive, which takes longer than all else together; it is of no use without ``leaks``.
+    keeps alive, which takes longer than all else together; it is of no use without ``leaks``. ``low_memory`` looks for leaks
+    without holding all references in memory, which takes longer.
     """
 
     progress: Progress = lambda phase, done, total: None
     leaks: bool = True
     retained: bool = False
+    low_memory: bool = False
 
 
 def analyze(core: Core, options: AnalysisOptions | None = None) -> Report:
@@ -137,7 +139,8 @@ def _search_leaks(
     # Imported here: without leaks nothing of it is needed.
     from coreheap.leak_search import search_leaks
 
-    return _answer("leak search", lambda: search_leaks(core, heap, progress, retained=options.retained), defects)
+    search = partial(search_leaks, core, heap, progress, retained=options.retained, low_memory=options.low_memory)
+    return _answer("leak search", search, defects)
 
 
 def _run_checks(case: Case, progress: Progress, defects: list[str]) -> tuple[Finding, ...]:

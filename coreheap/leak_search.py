@@ -93,10 +93,15 @@ class LeakSearch:
     gaps: tuple[Gap, ...]
 
 
-def search_leaks(core: Core, heap: HeapSnapshot, progress: Progress, *, retained: bool) -> LeakSearch:
-    """Verdicts on all chunks of a heap. A heap that is too large for a graph gives a gap."""
+def search_leaks(
+    core: Core, heap: HeapSnapshot, progress: Progress, *, retained: bool, low_memory: bool = False
+) -> LeakSearch:
+    """Verdicts on all chunks of a heap. A heap that is too large for a graph gives a gap.
+
+    Without memory for all references the verdicts are found without them, as with ``low_memory``.
+    """
     try:
-        graph = build_graph(core, heap, progress)
+        graph = _graph(core, heap, progress, low_memory)
         references = References(graph, progress)
         leaks = references.leaks
     except (OverflowError, MemoryError) as error:
@@ -112,6 +117,15 @@ def search_leaks(core: Core, heap: HeapSnapshot, progress: Progress, *, retained
             gaps = (*gaps, _impossible("retained_sizes_impossible", heap, error, consequence))
     with_verdicts = dataclasses.replace(heap, chunks=dataclasses.replace(heap.chunks, verdict=graph.verdict))
     return LeakSearch(with_verdicts, references, leaks, largest, gaps)
+
+
+def _graph(core: Core, heap: HeapSnapshot, progress: Progress, low_memory: bool) -> ReferenceGraph:
+    try:
+        return build_graph(core, heap, progress, low_memory=low_memory)
+    except MemoryError:
+        if low_memory:
+            raise
+    return build_graph(core, heap, progress, low_memory=True)
 
 
 def explain_place(core: Core, address: int) -> Explanation:

@@ -169,14 +169,15 @@ class LeakReport:
     """Verdicts on all chunks in use. ``groups`` has the largest first; ``group_count`` counts those left out as well.
 
     ``missing_root_bytes``: writable memory of the process that the core does not hold; where it is not 0 nothing is
-    definitely lost, and what nothing in the core leads to is possibly lost. ``edge_count``: pointers between chunks.
+    definitely lost, and what nothing in the core leads to is possibly lost. ``edge_count``: pointers between
+    chunks, None where they were not counted (low memory).
     """
 
     totals: dict[Verdict, VerdictTotal]
     groups: tuple[LeakGroup, ...]
     group_count: int
     roots: tuple[RootSummary, ...]
-    edge_count: int
+    edge_count: int | None
     missing_root_bytes: int
     missing_shared_bytes: int
     """Shared mappings that the core does not hold: pointers there are not seen, though programs rarely keep any."""

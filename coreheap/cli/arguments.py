@@ -88,6 +88,7 @@ class Request:
     max_bytes: int | None = None
     leaks: bool = False
     retained: bool = False
+    low_memory: bool = False
     verdicts: tuple[str, ...] = ()
     lists_chunks: bool = False
     addresses: tuple[int, ...] = ()
@@ -264,6 +265,7 @@ def parse_arguments(words: Sequence[str]) -> Request:
         max_bytes=getattr(spoken, "max_bytes", None),
         leaks=getattr(spoken, "leaks", spoken.command in REFERENCE_COMMANDS),
         retained=getattr(spoken, "retained", False),
+        low_memory=getattr(spoken, "low_memory", False),
         verdicts=_words(getattr(spoken, "verdict", ()), VERDICTS, "verdict", "leaks"),
         lists_chunks=getattr(spoken, "list", False),
         addresses=tuple(getattr(spoken, "addresses", ())),
@@ -376,8 +378,16 @@ def _add_chunk_filters(parser: argparse.ArgumentParser) -> None:
             type=_worded(parse_bytes),
             help=f"only chunks of {meaning} this many bytes, header included: 4096, 64K, 1.5MiB",
         )
-    parser.add_argument_group("leaks").add_argument(
-        "--leaks", action="store_true", help="look for leaks; rows then have a verdict"
+    group = parser.add_argument_group("leaks")
+    group.add_argument("--leaks", action="store_true", help="look for leaks; rows then have a verdict")
+    _add_low_memory(group)
+
+
+def _add_low_memory(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="look for leaks without holding all references in memory: about a third of it, in two to four times the time",
     )
 
 
@@ -391,8 +401,10 @@ def _add_reference_options(parser: argparse.ArgumentParser, command: str) -> Non
             "--retained", action="store_true", help="compute what each chunk keeps alive, and find containers that grew"
         )
         group.set_defaults(leaks=True)
+        _add_low_memory(group)
     elif command == "leaks":
         group.add_argument("--list", action="store_true", help="a row for each chunk, not for each group")
+        _add_low_memory(group)
         group.add_argument(
             "--verdict",
             metavar="VERDICT",

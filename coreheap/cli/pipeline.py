@@ -82,7 +82,10 @@ def _opened(request: Request, progress: Progress) -> AbstractContextManager[Core
 
 def _options(request: Request, progress: Progress) -> coreheap.AnalysisOptions:
     return coreheap.AnalysisOptions(
-        progress=progress, leaks=request.leaks, retained=request.retained and request.command == "analyze"
+        progress=progress,
+        leaks=request.leaks,
+        retained=request.retained and request.command == "analyze",
+        low_memory=request.low_memory,
     )
 
 

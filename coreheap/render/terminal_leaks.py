@@ -45,7 +45,8 @@ WIDE = 112
 
 def add_leaks(page: Page, leaks: LeakReport) -> None:
     """The section of the report: totals of each verdict, and the first groups."""
-    page.heading("Leaks", f"{counted(leaks.edge_count, 'pointer', 'pointers')} between chunks followed")
+    followed = "every pointer" if leaks.edge_count is None else counted(leaks.edge_count, "pointer", "pointers")
+    page.heading("Leaks", f"{followed} between chunks followed")
     _totals(page, leaks)
     if leaks.groups:
         page.add()

@@ -274,3 +274,23 @@ def test_the_recorder_hides_nothing(tmp_path: Path) -> None:
 
 def test_every_word_of_meant_is_compared() -> None:
     assert set(MEANT.values()) == set(ALLOWED)
+
+
+@pytest.mark.parametrize(
+    "name", ["verdicts", "containers", "bullseye-i386/verdicts", "trixie-arm64/verdicts", "threads_kept"]
+)
+def test_without_memory_for_references_the_verdicts_are_the_same(name: str) -> None:
+    path = core_of(name).core
+    reports = []
+    for low_memory in (False, True):
+        with coreheap.open(path) as core:
+            reports.append(coreheap.analyze(core, coreheap.AnalysisOptions(low_memory=low_memory)))
+    usual, frugal = reports
+    assert usual.heap is not None
+    assert frugal.heap is not None
+    assert usual.heap.chunks.verdict is not None
+    assert frugal.heap.chunks.verdict is not None
+    assert np.array_equal(usual.heap.chunks.verdict, frugal.heap.chunks.verdict)
+    assert usual.leaks is not None
+    assert frugal.leaks is not None
+    assert usual.leaks.groups == frugal.leaks.groups

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,7 +123,7 @@ def main_stack(process: BuiltProcess) -> tuple[int, int]:
 
 @pytest.mark.parametrize("error", [MemoryError(), OverflowError("more than 2**31 - 1 chunks")])
 def test_a_graph_that_does_not_fit_is_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, low_memory: bool) -> None:
         raise error
 
     monkeypatch.setattr(leak_search, "build_graph", fail)
@@ -135,6 +137,35 @@ def test_a_graph_that_does_not_fit_is_a_gap(tmp_path: Path, monkeypatch: pytest.
     assert report.is_partial
     assert report.heap is not None
     assert report.heap.chunks.verdict is None
+
+
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_without_memory_for_references_the_verdicts_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked_for: bool
+) -> None:
+    process, blocks = process_with_pointers()
+    path = process.write(tmp_path)
+    with coreheap.open(path) as core:
+        usual = coreheap.analyze(core)
+    if not asked_for:
+        build = leak_search.build_graph
+
+        def fail_once(*arguments: Any, low_memory: bool) -> Any:
+            if not low_memory:
+                raise MemoryError
+            return build(*arguments, low_memory=True)
+
+        monkeypatch.setattr(leak_search, "build_graph", fail_once)
+    with coreheap.open(path) as core:
+        report, references = analyze_with_references(core, AnalysisOptions(low_memory=asked_for))
+        assert references is not None
+        assert report.leaks is not None
+        assert usual.leaks is not None
+        assert report.leaks.edge_count is None
+        assert dataclasses.replace(report.leaks, edge_count=usual.leaks.edge_count) == usual.leaks
+        assert verdicts_of(report) == verdicts_of(usual)
+        # Whoever asks for holders gets the references collected then.
+        assert [owner.reference.target.payload_address for owner in references.owners(blocks[3])] == [blocks[3]]
 
 
 def test_retained_sizes_that_do_not_fit_cost_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +186,7 @@ def test_retained_sizes_that_do_not_fit_cost_nothing_else(tmp_path: Path, monkey
 def test_a_mistake_in_the_search_is_a_defect_and_costs_only_the_leaks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, low_memory: bool) -> None:
         raise IndexError("surprise")
 
     monkeypatch.setattr(leak_search, "build_graph", fail)

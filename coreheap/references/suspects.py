@@ -103,7 +103,7 @@ class _Suspects:
     def _add_batch(self, first: int, end: int) -> None:
         lost = self._graph.lost
         verdict = self._graph.verdict[first:end]
-        low, high = np.searchsorted(lost.leader, [first, end]).tolist()
+        low, high = np.searchsorted(lost.leader, np.array([first, end], np.uint32)).tolist()
         leaders = lost.leader[low:high].astype(np.int64)
         held = np.flatnonzero((verdict == Verdict.POSSIBLY_LOST) | (verdict == Verdict.WEAKLY_HELD)) + first
         # What nothing leads to because roots are missing is possibly lost too, but it counts with its leader.
@@ -126,7 +126,9 @@ class _Suspects:
         np.minimum.at(smallest, group, usable)
         np.maximum.at(largest, group, usable)
         arenas = self._arenas(chunks)
-        pairs, pair_counts = np.unique(np.stack([group, arenas]), axis=1, return_counts=True)
+        # One number for a group and an arena (NO_INDEX is -1): bincount is many times faster than unique.
+        width = int(self._arena_of_region.max(initial=0)) + 2
+        by_pair = np.bincount(group * width + arenas + 1, minlength=len(keys) * width)
         numbers = np.array([self._number(int(value), is_leader) for value in keys.tolist()], np.int64)
         for position, number in enumerate(numbers.tolist()):
             found = self.groups[number]
@@ -137,8 +139,9 @@ class _Suspects:
             if len(found.samples) < SAMPLES:
                 rest = np.flatnonzero(group[begins[position] :] == position)[: SAMPLES - len(found.samples)]
                 found.samples += chunks[rest + begins[position]].tolist()
-        for (position, arena), count in zip(pairs.T.tolist(), pair_counts.tolist(), strict=True):
-            self.groups[int(numbers[position])].arenas[arena] += count
+        for pair in np.flatnonzero(by_pair).tolist():
+            position, arena = divmod(pair, width)
+            self.groups[int(numbers[position])].arenas[arena - 1] += int(by_pair[pair])
         return numbers[group]
 
     def _keys(self, chunks: Int64s) -> npt.NDArray[np.unsignedinteger]:

@@ -197,7 +197,6 @@ def test_long_lists(name: str, tmp_path: Path) -> None:
     assert report.leaks.totals[Verdict.INDIRECTLY_LOST].count == int(truth.note("lost")) - 2
 
 
-@pytest.mark.skipif("COREHEAP_SLOW" not in os.environ, reason="10 million nodes: set COREHEAP_SLOW=1")
 def test_very_long_lists(tmp_path: Path) -> None:
     paths = core_or_skip("long_lists@slow")
     truth, report = load_truth(paths.truth), analyse(paths.core, tmp_path)

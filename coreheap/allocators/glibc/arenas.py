@@ -237,12 +237,16 @@ def _brk_range(
 ) -> AddressRange | None:
     """The contiguous main arena's memory, which is [sbrk_base, end of top) and system_mem long; None where nothing fits.
 
-    Where the three contradict each other the range stays inside the mapping of whichever is mapped, sbrk_base first.
+    Where top lies in [sbrk_base, sbrk_base + system_mem) and all of that is mapped, it is top's size that is wrong: the
+    walk reports it. Where the three contradict each other otherwise, the range stays inside the mapping of whichever is
+    mapped, sbrk_base first.
     """
     end = state.top + top_bytes if state.top and top_bytes else 0
     start = sbrk_base or end - state.system_mem
-    if end == start + state.system_mem and end <= touching_end(core.memory, start):
-        return AddressRange(start, end)
+    expected = start + state.system_mem
+    holds_top = end == expected or (sbrk_base and top_bytes and start <= state.top < expected)
+    if holds_top and expected <= touching_end(core.memory, start):
+        return AddressRange(start, expected)
     mapped_end = mapping_end(core.memory, start)
     if top_bytes is not None:
         anomalies.append(
@@ -256,8 +260,7 @@ def _brk_range(
         )
     if mapped_end <= start:
         return None
-    expected = start + state.system_mem
-    return AddressRange(start, expected if expected <= mapped_end else mapped_end)
+    return AddressRange(start, min(expected, mapped_end))
 
 
 def _age(heap: HeapInfo, chain: dict[int, HeapInfo]) -> tuple[int, int]:

@@ -329,6 +329,16 @@ def test_system_mem_that_lies(arena: int, value: int, tmp_path: Path) -> None:
     assert process.arenas[2].top + 16 in states_of(heap)[TOP]
 
 
+@pytest.mark.parametrize("size", [0x21, PAGE | 1, 0x4141_4141_4141_4141])
+def test_size_of_the_main_arenas_top_that_lies_is_one_anomaly(size: int, tmp_path: Path) -> None:
+    process = built()
+    sound = states_of(heap_of(analyze(process, tmp_path)))
+    process.put(process.arenas[0].top + 8, size)
+    report = analyze(process, tmp_path)
+    assert codes(report) == {"top_size_mismatch"}
+    assert states_of(heap_of(report)) == sound
+
+
 @pytest.mark.parametrize("size", [0, PAGE, 1 << 26, 1 << 27, (1 << 64) - PAGE, 0x8001])
 def test_sub_heap_size_that_lies(size: int, tmp_path: Path) -> None:
     process = built()

@@ -1,0 +1,101 @@
+"""The address space by kind, as values: what every mapped byte is used for, and by whom.
+
+Knows: the words and the shape of the table. Does not know: how any of it was found (``accounting``), nor how it is shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+UInt64s = npt.NDArray[np.uint64]
+
+
+class MappingKind(Enum):
+    """What a stretch of the address space is used for. New kinds may be added; none changes its meaning."""
+
+    MAIN_ARENA = "main_arena"
+    """The main arena's memory, from brk or by mmap."""
+    ARENA_HEAP = "arena_heap"
+    """The committed part of a sub-heap (heap_info.size)."""
+    ARENA_RESERVE = "arena_reserve"
+    """What a sub-heap has reserved beyond that."""
+    MMAPPED_CHUNK = "mmapped_chunk"
+    MAIN_STACK = "main_stack"
+    THREAD_STACK = "thread_stack"
+    STACK_GUARD = "stack_guard"
+    SIGNAL_STACK = "signal_stack"
+    """A stack of sigaltstack's."""
+    ENDED_STACK = "ended_stack"
+    """A stack that glibc keeps of a thread that has ended."""
+    TLS = "tls"
+    """Thread-local storage and thread descriptor."""
+    MODULE_TEXT = "module_text"
+    MODULE_RODATA = "module_rodata"
+    MODULE_DATA = "module_data"
+    MODULE_BSS = "module_bss"
+    MAPPED_FILE = "mapped_file"
+    SHARED_MEMORY = "shared_memory"
+    """Memory shared without a file that lasts: shmget, memfd, /dev/shm, anonymous MAP_SHARED."""
+    KERNEL_PAGES = "kernel_pages"
+    """The vDSO and its data."""
+    JAVA_HEAP = "java_heap"
+    JAVA_METASPACE = "java_metaspace"
+    JAVA_CODE_CACHE = "java_code_cache"
+    JAVA_GC = "java_gc"
+    """The collector's own tables: cards, mark bitmaps, remembered sets."""
+    OTHER_ALLOCATOR = "other_allocator"
+    """Memory that looks like another allocator's; the owner says whose."""
+    NO_ACCESS = "no_access"
+    """Reserved address space that nothing above explains."""
+    UNEXPLAINED = "unexplained"
+    """Anonymous memory that nothing explains."""
+
+
+KINDS = tuple(MappingKind)
+"""The kinds by the number that columns have for them."""
+
+
+class ResidencyBasis(Enum):
+    """What is known of which pages were in memory."""
+
+    HOLES = "holes"
+    """The kernel wrote the core and left out every anonymous page that was not there: exact, swapped pages included."""
+    ZERO_PAGES = "zero_pages"
+    """Pages with content were there; pages of zeros may have been: bounds."""
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class MappingTable:
+    """Every mapped byte in exactly one row; rows are sorted by address and do not overlap. Columns of equal length.
+
+    ``start``, ``end``: uint64; ``kind``: uint8, a row of KINDS; ``flags``: uint8 (4 read, 2 write, 1 execute);
+    ``thread`` and ``arena``: int32, -1 for none; ``name``: int32, a row of ``names`` (a module, a file, another allocator), -1 for
+    none. ``saved_bytes``: uint64, what the core holds; ``resident_low`` and ``resident_high``: uint64, at least and at most so many
+    bytes were in memory (or swapped out) at the dump; equal where that is known exactly.
+    """
+
+    start: UInt64s
+    end: UInt64s
+    kind: npt.NDArray[np.uint8]
+    flags: npt.NDArray[np.uint8]
+    thread: npt.NDArray[np.int32]
+    arena: npt.NDArray[np.int32]
+    name: npt.NDArray[np.int32]
+    saved_bytes: UInt64s
+    resident_low: UInt64s
+    resident_high: UInt64s
+    names: tuple[str, ...]
+    basis: ResidencyBasis
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def bytes_of(self, *kinds: MappingKind) -> int:
+        """Mapped bytes of some kinds."""
+        rows = np.isin(self.kind, [KINDS.index(kind) for kind in kinds])
+        return int((self.end[rows] - self.start[rows]).sum())

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from coreheap.accounting import build_ledger
+from coreheap.accounting import account_for_memory
+from coreheap.accounting.java import named_by_java
 from coreheap.allocators.glibc import GlibcAllocator
 from coreheap.allocators.protocol import Progress
 from coreheap.checks import CHECKS, Case
 from coreheap.corefile import Core
-from coreheap.evidence import Confidence, Gap
-from coreheap.heap import LISTED_FREE_STATES, ChunkState, HeapSnapshot, StateTotals, sum_of_totals
+from coreheap.corefile.stacks import find_stacks
+from coreheap.evidence import Gap
+from coreheap.free_memory import FreeMemoryReport
+from coreheap.heap import HeapSnapshot, StateTotals, sum_of_totals
 from coreheap.kernels import active_name
-from coreheap.leaks import LeakReport, Verdict
+from coreheap.knobs import read_settings
+from coreheap.mappings import ResidencyBasis
 from coreheap.report import (
     CoreSummary,
     Finding,
-    LedgerNode,
     Phase,
     ProcessSummary,
     Report,
-    ThreadSummary,
-    VerdictItem,
 )
+from coreheap.retention import survey_free_memory
+from coreheap.thread_summaries import thread_summaries
+from coreheap.verdict import leak_verdict, memory_verdict
 
 if TYPE_CHECKING:
     from coreheap.leak_search import LeakSearch, References
@@ -45,13 +49,15 @@ class AnalysisOptions:
 
     ``leaks`` looks for leaks: every pointer in the core is followed. ``retained`` computes as well what each chunk
     keeps alive, which takes longer than all else together; it is of no use without ``leaks``. ``low_memory`` looks for leaks
-    without holding all references in memory, which takes longer.
+    without holding all references in memory, which takes longer. Without ``residency`` nothing is read only to learn which pages
+    were in memory.
     """
 
     progress: Progress = lambda phase, done, total: None
     leaks: bool = True
     retained: bool = False
     low_memory: bool = False
+    residency: bool = True
 
 
 def analyze(core: Core, options: AnalysisOptions | None = None) -> Report:
@@ -86,10 +92,36 @@ def analyze_with_references(core: Core, options: AnalysisOptions | None = None) 
     if search is not None:
         heap = search.heap
     leaks, retained = (search.leaks, search.retained) if search else (None, None)
+    stacks = find_stacks(core)
     progress("accounting for all memory", 0, None)
-    ledger = build_ledger(core, heap)
+
+    def attempt(name: str, claim: Callable[[], None]) -> None:
+        _answer(f"accounting for {name}", claim, defects)
+
+    account = account_for_memory(core, heap, residency=options.residency, attempt=attempt)
+    ledger = account.ledger
+    threads = thread_summaries(core, heap, stacks, account.mappings.basis)
+    threads = _answer("Java's threads", partial(named_by_java, core, threads), defects) or threads
+    settings = _answer("settings", partial(read_settings, core, heap), defects)
+    free_memory = _survey_free_memory(core, heap, account.mappings.basis, search, defects)
     gaps = (*core.gaps, *(heap.gaps if heap else ()), *(search.gaps if search else ()))
-    findings = _run_checks(Case(core, heap, ledger, gaps, leaks, retained), progress, defects)
+    gaps += settings.gaps if settings else ()
+    findings = _run_checks(
+        Case(
+            core,
+            heap,
+            ledger,
+            gaps,
+            leaks,
+            retained,
+            settings=settings,
+            free_memory=free_memory,
+            mappings=account.mappings,
+            threads=threads,
+        ),
+        progress,
+        defects,
+    )
     clock.stop()
     is_partial = core.truncated or bool(heap is not None and heap.gaps) or bool(defects)
     report = Report(
@@ -97,12 +129,12 @@ def analyze_with_references(core: Core, options: AnalysisOptions | None = None) 
         kernels=active_name,
         core=_core_summary(core),
         process=_process_summary(core),
-        threads=_thread_summaries(core, heap),
+        threads=threads,
         heap=heap,
         totals=_totals(heap),
         ledger=ledger,
         findings=findings,
-        verdict=(*_verdict(core, ledger, heap, findings), *_leak_verdict(leaks, findings)),
+        verdict=(*memory_verdict(core, account.mappings, heap, findings, gaps), *leak_verdict(leaks, findings)),
         anomalies=heap.anomalies if heap else (),
         anomaly_count=heap.anomaly_count if heap else 0,
         gaps=(*gaps, *(Gap("check_failed", defect) for defect in defects)),
@@ -112,6 +144,9 @@ def analyze_with_references(core: Core, options: AnalysisOptions | None = None) 
         defects=tuple(defects),
         leaks=leaks,
         retained=retained,
+        mappings=account.mappings,
+        settings=settings,
+        free_memory=free_memory,
     )
     return report, search.references if search else None
 
@@ -141,6 +176,17 @@ def _search_leaks(
 
     search = partial(search_leaks, core, heap, progress, retained=options.retained, low_memory=options.low_memory)
     return _answer("leak search", search, defects)
+
+
+def _survey_free_memory(
+    core: Core, heap: HeapSnapshot | None, basis: ResidencyBasis, search: LeakSearch | None, defects: list[str]
+) -> FreeMemoryReport | None:
+    """What malloc holds free; with the names of who holds the pins where references are known."""
+    if heap is None:
+        return None
+    references = search.references if search is not None else None
+    holders = references.typical_holders if references is not None else None
+    return _answer("free memory", partial(survey_free_memory, core, heap, basis, holders), defects)
 
 
 def _run_checks(case: Case, progress: Progress, defects: list[str]) -> tuple[Finding, ...]:
@@ -230,81 +276,6 @@ def _signal_name(number: int | None) -> str | None:
         return None
 
 
-def _thread_summaries(core: Core, heap: HeapSnapshot | None) -> tuple[ThreadSummary, ...]:
-    # Of several copies of malloc these are the program's own; what threads have of the others is in those (MallocCopy).
-    arenas = [arena for arena in (heap.arenas if heap else ()) if arena.copy == 0]
-    caches = [cache for cache in (heap.thread_caches if heap else ()) if cache.copy == 0]
-    arena_of = {thread: arena.index for arena in arenas for thread in arena.threads}
-    cache_of = {cache.thread: cache for cache in caches if cache.thread is not None}
-    summaries = []
-    for thread in core.threads:
-        cache = cache_of.get(thread.index)
-        summaries.append(
-            ThreadSummary(
-                index=thread.index,
-                lwp=thread.lwp,
-                signal=thread.signal,
-                stack_pointer=thread.stack_pointer,
-                program_counter=thread.program_counter,
-                thread_pointer=thread.thread_pointer,
-                arena=arena_of.get(thread.index),
-                thread_cache=cache.address if cache else None,
-                tcache_count=cache.count if cache else None,
-                tcache_bytes=cache.chunk_bytes if cache else None,
-            )
-        )
-    return tuple(summaries)
-
-
 def _totals(heap: HeapSnapshot | None) -> StateTotals:
     """Totals of all chunks, mmapped ones included."""
     return sum_of_totals(iter((heap.totals, heap.mmapped_totals) if heap else ()))
-
-
-def _verdict(
-    core: Core, ledger: LedgerNode, heap: HeapSnapshot | None, findings: tuple[Finding, ...]
-) -> tuple[VerdictItem, ...]:
-    """Where the writable private memory went, the largest part first."""
-    another_is_used = any(
-        finding.code == "OTHER-ALLOCATOR" and finding.quantity("glibc_heap_nearly_empty") == "true"
-        for finding in findings
-    )
-    elsewhere = "other_allocator" if another_is_used else "not_malloc"
-    if heap is None and core.memory.writable_bytes_not_saved():
-        elsewhere = "unknown"
-    parts: dict[str, int] = {
-        "thread_stacks": ledger.child("thread_stacks").bytes,
-        "module_data": ledger.child("module_data").bytes + ledger.child("module_bss").bytes,
-        elsewhere: ledger.child("other_anonymous").bytes,
-    }
-    confidence = heap.identity.confidence if heap else Confidence.WEAK
-    if heap is not None:
-        free = (*LISTED_FREE_STATES, ChunkState.TOP, ChunkState.FREE_UNLISTED)
-        parts["in_use"] = sum(heap.totals[state].chunk_bytes for state in (ChunkState.IN_USE, ChunkState.ALLOCATOR_OWN))
-        parts["retained_free"] = sum(heap.totals[state].chunk_bytes for state in free)
-        parts["mmapped_chunks"] = heap.mmapped_bytes
-        missing = heap.totals[ChunkState.DAMAGED].chunk_bytes + sum(
-            part.range.byte_count for arena in heap.arenas for part in arena.unattributed
-        )
-        parts["unknown"] = parts.get("unknown", 0) + missing
-    whole = sum(parts.values())
-    items = [
-        VerdictItem(topic, byte_count, whole, "writable_private", confidence)
-        for topic, byte_count in parts.items()
-        if byte_count
-    ]
-    return tuple(sorted(items, key=lambda item: -item.bytes))
-
-
-def _leak_verdict(leaks: LeakReport | None, findings: tuple[Finding, ...]) -> Iterator[VerdictItem]:
-    """What of the live chunks is lost, where a finding says that it matters."""
-    parts = {
-        "LEAK": ("lost", (Verdict.DEFINITELY_LOST, Verdict.INDIRECTLY_LOST)),
-        "POSSIBLE-LEAK": ("possibly_lost", (Verdict.POSSIBLY_LOST,)),
-    }
-    for finding in findings:
-        if leaks is None or finding.code not in parts:
-            continue
-        topic, verdicts = parts[finding.code]
-        part, whole = leaks.total(*verdicts).usable_bytes, leaks.total().usable_bytes
-        yield VerdictItem(topic, part, whole, "live_chunks", finding.confidence)

@@ -88,14 +88,22 @@ def confidence_from(evidence: Iterable[Evidence]) -> Confidence:
     """
     facts = tuple(evidence)
     supporting = [fact.strength for fact in facts if not fact.speaks_against]
-    opposing = [fact.strength for fact in facts if fact.speaks_against]
     if Strength.PROOF in supporting:
-        level = 3
+        supported = Confidence.CERTAIN
     elif Strength.SOLID in supporting:
-        level = 2
+        supported = Confidence.STRONG
     elif len(supporting) >= 2:
-        level = 1
+        supported = Confidence.PLAUSIBLE
     else:
-        level = 0
-    level = max(0, level - sum(opposing))
-    return (Confidence.WEAK, Confidence.PLAUSIBLE, Confidence.STRONG, Confidence.CERTAIN)[level]
+        supported = Confidence.WEAK
+    return lowered(supported, facts)
+
+
+def lowered(confidence: Confidence, evidence: Iterable[Evidence]) -> Confidence:
+    """What is left of a confidence when the counter-evidence among ``evidence`` is held against it.
+
+    For statements that rest on another one: they are at best as sure as it is, and weakened by what weakens them alone.
+    """
+    opposing = sum(fact.strength for fact in evidence if fact.speaks_against)
+    levels = (Confidence.WEAK, Confidence.PLAUSIBLE, Confidence.STRONG, Confidence.CERTAIN)
+    return levels[max(0, confidence.rank - opposing)]

@@ -7,7 +7,7 @@ references are found (``references``), or what a finding is.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,7 @@ from coreheap.references import (
     owners,
     summarise_leaks,
 )
+from coreheap.references.naming import Namer
 
 GroupNumbers = Callable[[int, int], npt.NDArray[np.int32]]
 """For chunks [first, end) the number of the leak group that each counts in, -1 for none: int32[end - first]."""
@@ -72,6 +73,10 @@ class References:
         """The ``count`` chunks that retain most, and the accumulation points, the largest first."""
         self._progress("computing retained sizes", 0, None)
         return find_retained(self._graph, count)
+
+    def typical_holders(self, groups: Sequence[npt.NDArray[np.int64]]) -> list[str | None]:
+        """For each group of chunks what holds the first of them that a root holds directly; None where no root does."""
+        return Namer(self._graph).typical_holders(groups)
 
     def group_numbers(self) -> GroupNumbers:
         """Which group of ``leaks`` each chunk counts in; lost chunks in that of their leader."""

@@ -59,6 +59,10 @@ KINDS = tuple(MappingKind)
 """The kinds by the number that columns have for them."""
 
 
+UNKNOWN_FLAGS = 8
+"""The flags of memory that no program header tells of, only the list of mapped files."""
+
+
 class ResidencyBasis(Enum):
     """What is known of which pages were in memory."""
 
@@ -73,10 +77,13 @@ class ResidencyBasis(Enum):
 class MappingTable:
     """Every mapped byte in exactly one row; rows are sorted by address and do not overlap. Columns of equal length.
 
-    ``start``, ``end``: uint64; ``kind``: uint8, a row of KINDS; ``flags``: uint8 (4 read, 2 write, 1 execute);
+    ``start``, ``end``: uint64; ``kind``: uint8, a row of KINDS; ``flags``: uint8 (4 read, 2 write, 1 execute; UNKNOWN_FLAGS);
     ``thread`` and ``arena``: int32, -1 for none; ``name``: int32, a row of ``names`` (a module, a file, another allocator), -1 for
-    none. ``saved_bytes``: uint64, what the core holds; ``resident_low`` and ``resident_high``: uint64, at least and at most so many
-    bytes were in memory (or swapped out) at the dump; equal where that is known exactly.
+    none. All else uint64: ``committed_bytes``, what the program may access, and of what it may not the pages that hold something
+    all the same; ``saved_bytes``, what the core holds; ``resident_low`` and ``resident_high``: at least and at most so many bytes
+    were in memory (or swapped out) at the dump, equal where that is known exactly.
+
+    Stretches side by side of one kind, owner and flags are one row, except that each mmapped chunk has its own.
     """
 
     start: UInt64s
@@ -86,6 +93,7 @@ class MappingTable:
     thread: npt.NDArray[np.int32]
     arena: npt.NDArray[np.int32]
     name: npt.NDArray[np.int32]
+    committed_bytes: UInt64s
     saved_bytes: UInt64s
     resident_low: UInt64s
     resident_high: UInt64s

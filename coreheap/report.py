@@ -5,12 +5,16 @@ Knows: the shape of a report. Does not know: terminals, JSON, HTML, or how any n
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
 from coreheap.evidence import Anomaly, Confidence, Evidence, Gap
+from coreheap.free_memory import FreeMemoryReport
 from coreheap.heap import HeapSnapshot, StateTotals
 from coreheap.leaks import LeakReport, RetainedReport
+from coreheap.mappings import MappingTable
+from coreheap.settings import Settings
 
 
 class Severity(Enum):
@@ -69,16 +73,33 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class LedgerNode:
-    """Bytes under a name; a node with children is exactly their sum, by construction (``of``)."""
+    """Bytes under a name; a node with children is exactly their sum, by construction (``of``).
+
+    ``bytes`` are mapped, that is reserved. The other numbers are MappingTable's, None where they are not told apart that far
+    down (states of chunks): ``committed_bytes`` of them may be accessed or hold something, the core holds ``saved_bytes``,
+    and at least ``resident_low``, at most ``resident_high`` were in memory or swapped out.
+    """
 
     name: str
     bytes: int
     children: tuple[LedgerNode, ...] = ()
+    committed_bytes: int | None = None
+    saved_bytes: int | None = None
+    resident_low: int | None = None
+    resident_high: int | None = None
 
     @classmethod
     def of(cls, name: str, *children: LedgerNode) -> LedgerNode:
-        """A node whose bytes are the sum of its children's."""
-        return cls(name, sum(child.bytes for child in children), children)
+        """A node whose numbers are the sums of its children's, None where one of them has none."""
+        return cls(
+            name,
+            sum(child.bytes for child in children),
+            children,
+            _sum_if_known(child.committed_bytes for child in children),
+            _sum_if_known(child.saved_bytes for child in children),
+            _sum_if_known(child.resident_low for child in children),
+            _sum_if_known(child.resident_high for child in children),
+        )
 
     def child(self, *path: str) -> LedgerNode:
         """The descendant by names; KeyError names the missing one."""
@@ -91,6 +112,11 @@ class LedgerNode:
             else:
                 raise KeyError(f"{node.name} has no {name}")
         return node
+
+
+def _sum_if_known(numbers: Iterable[int | None]) -> int | None:
+    known = list(numbers)
+    return None if None in known else sum(number for number in known if number is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +152,17 @@ class ProcessSummary:
 
 @dataclass(frozen=True, slots=True)
 class ThreadSummary:
-    """One thread: its arena and tcache where they could be found (None: not found), and its stack pointer."""
+    """One thread: its arena and tcache where they could be found (None: not found), and its stack.
+
+    ``name`` and ``name_source`` (``comm``, ``executable``, ``java``): a core has the name of the first thread only, a Java VM
+    those of its own threads. ``start_routine``: the function that the thread began with, and its module. ``is_main``: the
+    thread that the process began with. The stack is [``stack_start``, ``stack_end``) without its guard of ``guard_bytes``, as
+    pthread_getattr_np says it; ``stack_source`` how it was found (``descriptor``, ``initial_stack``, ``mapping``).
+    ``stack_used_bytes``: from the stack pointer to the end, of a
+    thread in a signal handler on a stack of its own (``on_signal_stack``) from where it was interrupted.
+    ``stack_resident_bytes``: what the core has pages for, ``stack_peak_bytes``: from the lowest of these pages to the end; at
+    least so many where a core leaves out pages of zeros.
+    """
 
     index: int
     lwp: int
@@ -138,6 +174,23 @@ class ThreadSummary:
     thread_cache: int | None
     tcache_count: int | None
     tcache_bytes: int | None
+    name: str | None = None
+    name_source: str | None = None
+    start_routine: str | None = None
+    is_main: bool = False
+    stack_start: int | None = None
+    stack_end: int | None = None
+    stack_source: str | None = None
+    guard_bytes: int | None = None
+    stack_used_bytes: int | None = None
+    stack_resident_bytes: int | None = None
+    stack_peak_bytes: int | None = None
+    on_signal_stack: bool = False
+
+    @property
+    def stack_reserved_bytes(self) -> int | None:
+        """Address space of the stack; None where its bounds are not known."""
+        return None if self.stack_start is None or self.stack_end is None else self.stack_end - self.stack_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +208,9 @@ class VerdictItem:
     """One answer to "where did the memory go", most important first.
 
     ``topic`` is a lower snake case word (``in_use``, ``retained_free``, ``arena_bloat``, ``mmapped_chunks``,
-    ``not_malloc``, ``unknown``, ...); ``bytes`` of ``of_bytes``, which ``whole`` names.
+    ``not_malloc``, ``unknown``, ...); ``bytes`` of ``of_bytes``, which ``whole`` names. ``weakened_by`` is what the core
+    says against it, which lowered its confidence. ``resident_low`` and ``resident_high``: at least and at most so many of the
+    bytes were in memory, or swapped out; None where nothing is known of that.
     """
 
     topic: str
@@ -163,6 +218,9 @@ class VerdictItem:
     of_bytes: int
     whole: str
     confidence: Confidence
+    weakened_by: tuple[str, ...] = ()
+    resident_low: int | None = None
+    resident_high: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,3 +252,9 @@ class Report:
     """Checks that failed because of a defect of coreheap itself; the report is still valid without them."""
     leaks: LeakReport | None = None
     retained: RetainedReport | None = None
+    mappings: MappingTable | None = None
+    """Every mapped byte by kind and owner; None only in reports made without a core."""
+    settings: Settings | None = None
+    """How malloc and a JVM were set; None only where reading it failed by a defect."""
+    free_memory: FreeMemoryReport | None = None
+    """What malloc holds free, page by page; None without a heap."""

@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import hypothesis
 import pytest
@@ -38,9 +39,13 @@ def require_tool(name: str, remedy: str) -> str:
     Where it is missing the test is skipped and says how to get it; under CI=true it fails, so nothing is skipped there.
     """
     path = shutil.which(name)
-    if path is not None:
-        return path
-    reason = f"{name} is missing; to run this test: {remedy}"
+    if path is None:
+        skip_unless_ci(f"{name} is missing; to run this test: {remedy}")
+    return path
+
+
+def skip_unless_ci(reason: str) -> NoReturn:
+    """Skip a test for a reason that names the remedy; under CI=true it fails, so nothing is skipped there."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)

@@ -45,7 +45,8 @@ class Entry:
 @cache
 def document() -> dict[str, Any]:
     """The whole file."""
-    return json.loads(lzma.decompress(FACTS.read_bytes()))  # type: ignore[no-any-return]
+    facts: dict[str, Any] = json.loads(lzma.decompress(FACTS.read_bytes()))
+    return facts
 
 
 def entries() -> Iterator[Entry]:

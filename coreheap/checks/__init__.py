@@ -6,10 +6,15 @@ from coreheap.checks import (
     accumulation,
     allocator_abort,
     arena_bloat,
+    fragmentation,
     leaks,
     other_allocator,
     partial_core,
+    pinned_heap,
     retained_free,
+    stack_memory,
+    tcache_hoard,
+    threshold_ratchet,
 )
 from coreheap.checks.protocol import Case, Check
 
@@ -19,6 +24,11 @@ CHECKS = (
     Check("allocator abort", allocator_abort.findings),
     Check("arena bloat", arena_bloat.findings),
     Check("retained free", retained_free.findings),
+    Check("pinned heap", pinned_heap.findings),
+    Check("fragmentation", fragmentation.findings),
+    Check("tcache hoard", tcache_hoard.findings),
+    Check("threshold ratchet", threshold_ratchet.findings),
+    Check("stack memory", stack_memory.findings),
     Check("leaks", leaks.findings),
     Check("accumulation", accumulation.findings),
 )

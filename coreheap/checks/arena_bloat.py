@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from coreheap.checks.protocol import Case
+from coreheap.doubts import gap_consequences
 from coreheap.evidence import Evidence, Strength, confidence_from
-from coreheap.heap import ChunkState, HeapSnapshot
+from coreheap.free_memory import ArenaMaxEstimate, TrimEstimate
+from coreheap.heap import Arena, ChunkState, HeapSnapshot
 from coreheap.quantities import GIB, MIB, format_bytes
 from coreheap.report import Finding, Quantity, Severity, Unit
+
+SUGGESTED_ARENA_MAX = 2
+"""The usual setting for services: the main arena, and one more to go to when it is locked."""
 
 ARENAS_WORTH_A_WORD = 8
 """Non-main arenas from which the number itself is a question; 8 is glibc's arena_test on 64-bit."""
@@ -16,6 +23,10 @@ RESERVED_PER_USED = 16
 
 FREE_SHARE = 0.5
 """Share of committed memory that is free from which committed memory counts as bloat."""
+
+HOARD_BYTES = 4 * MIB
+HOARD_SHARE = 0.5
+"""Of what the arenas hold free, as much in tcaches is a matter of the tcaches (TCACHE-HOARD), however many arenas there are."""
 
 WARNING_FREE_BYTES = 64 * MIB
 WARNING_RESERVED_BYTES = 1 * GIB
@@ -47,6 +58,9 @@ def findings(case: Case) -> tuple[Finding, ...]:
     )
     if reserved < RESERVED_PER_USED * max(in_use, 1) and free < FREE_SHARE * committed:
         return ()
+    cached = sum(arena.bytes_in(ChunkState.TCACHE) for arena in arenas)
+    if cached >= HOARD_BYTES and cached >= HOARD_SHARE * free:
+        return ()
     without_thread = sum(not arena.threads for arena in arenas)
     threads = len(case.core.threads)
     severe = free >= WARNING_FREE_BYTES or reserved >= WARNING_RESERVED_BYTES
@@ -67,8 +81,9 @@ def findings(case: Case) -> tuple[Finding, ...]:
                 Quantity("threads", threads, Unit.COUNT),
                 Quantity("arena_limit", heap.narenas_limit, Unit.COUNT),
                 Quantity("arena_limit_reason", heap.limit_reason, Unit.TEXT),
+                *_what_if(case, arenas),
             ),
-            evidence=_evidence(heap, len(arenas), len(sub_heaps), committed),
+            evidence=(*_evidence(heap, len(arenas), len(sub_heaps), committed), *_reasoning(case)),
             next_steps=(
                 "set MALLOC_ARENA_MAX=2 (or the tunable glibc.malloc.arena_max) and restart; threads then share arenas"
                 " and may wait for each other's locks: compare throughput",
@@ -77,10 +92,42 @@ def findings(case: Case) -> tuple[Finding, ...]:
             ),
             weakened_by=(
                 "reserved address space costs no memory by itself; only committed pages that were touched do",
-                *(gap.consequence for gap in heap.gaps),
+                *gap_consequences(heap),
             ),
         ),
     )
+
+
+def _what_if(case: Case, arenas: list[Arena]) -> Iterator[Quantity]:
+    """What malloc_trim would return of these arenas, and what two arenas instead of all would have saved."""
+    report = case.free_memory
+    if report is None:
+        return
+    trim = TrimEstimate.sum_of(report.arenas[arena.index].trim for arena in arenas)
+    yield Quantity("trim_bytes", trim.bytes, Unit.BYTES)
+    yield Quantity("trim_resident_low_bytes", trim.resident_low, Unit.BYTES)
+    yield Quantity("trim_resident_high_bytes", trim.resident_high, Unit.BYTES)
+    estimate = _suggested(case)
+    if estimate is not None:
+        yield Quantity("arena_max_2_saves_low_bytes", estimate.saved_low, Unit.BYTES)
+        yield Quantity("arena_max_2_saves_high_bytes", estimate.saved_high, Unit.BYTES)
+
+
+def _suggested(case: Case) -> ArenaMaxEstimate | None:
+    estimates = case.free_memory.arena_max if case.free_memory is not None else ()
+    return next((estimate for estimate in estimates if estimate.arena_max == SUGGESTED_ARENA_MAX), None)
+
+
+def _reasoning(case: Case) -> Iterator[Evidence]:
+    """How much of the committed memory that would save, and why no more is known."""
+    estimate = _suggested(case)
+    if estimate is not None:
+        yield Evidence(
+            f"with {estimate.arena_max} arenas between {format_bytes(estimate.saved_low)} and"
+            f" {format_bytes(estimate.saved_high)} less would be committed: {'; '.join(estimate.reasoning[:2])}",
+            "free memory of each arena",
+            Strength.HINT,
+        )
 
 
 def _evidence(heap: HeapSnapshot, arenas: int, sub_heaps: int, committed: int) -> tuple[Evidence, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from coreheap.checks.protocol import Case
+from coreheap.doubts import Doubt, doubt, gap_consequences, heap_doubts, identity_doubts, map_doubts, thread_doubts
 from coreheap.evidence import Confidence, Evidence, Strength, confidence_from
 from coreheap.heap import HeapSnapshot
 from coreheap.leaks import LeakGroup, LeakReport, Verdict
@@ -27,9 +28,6 @@ GROUPS_NAMED = 3
 SAVED_PER_MISSING = 100
 """Missing roots of more than one byte in so many saved ones speak strongly against a verdict on all roots."""
 
-THREADS_MISSING = ("threads_missing", "notes_truncated", "notes_damaged", "notes_too_many", "thread_notes_unusable")
-"""Gaps of the core after which a thread's registers may be missing among the roots."""
-
 UNSEEN_POINTERS = (
     "pointers that are kept encoded or compressed, at unaligned addresses, in files or inside the kernel (epoll_data,"
     " timers) are not seen: what only they hold counts as lost"
@@ -51,6 +49,7 @@ def _leak(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> Iterator[Finding
         return
     share = lost / leaks.total().usable_bytes
     groups = [group for group in leaks.groups if group.verdict is Verdict.DEFINITELY_LOST]
+    doubts = _doubts(case, heap, leaks)
     evidence = [
         Evidence(
             f"no register, no root and no other live chunk leads to {format_count(leaders.count)} chunks",
@@ -59,7 +58,7 @@ def _leak(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> Iterator[Finding
             Strength.SOLID,
         ),
         *_group_evidence(groups),
-        *_doubts(case, heap, leaks),
+        *(each.fact for each in doubts),
     ]
     confidence = confidence_from(evidence)
     yield Finding(
@@ -82,7 +81,7 @@ def _leak(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> Iterator[Finding
             "to see who allocates, run the workload under LeakSanitizer (-fsanitize=leak), valgrind"
             " --leak-check=full or heaptrack; each costs speed",
         ),
-        weakened_by=(UNSEEN_POINTERS, *_weakened_by(heap, leaks)),
+        weakened_by=(UNSEEN_POINTERS, *_weakened_by(heap, doubts)),
     )
 
 
@@ -127,7 +126,8 @@ def _possible_leak(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> Iterato
             )
         )
     groups = [group for group in leaks.groups if group.verdict is Verdict.POSSIBLY_LOST]
-    evidence += _doubts(case, heap, leaks)
+    doubts = _doubts(case, heap, leaks)
+    evidence += [each.fact for each in doubts]
     confidence = confidence_from(evidence)
     yield Finding(
         code="POSSIBLE-LEAK",
@@ -148,7 +148,7 @@ def _possible_leak(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> Iterato
             "C++ objects of several bases, arrays with a hidden count, trees and lists that are linked by inner"
             " members, and interpreters' objects are often held by interior pointers alone, and are no leak",
             *((UNSEEN_POINTERS,) if unreachable else ()),
-            *_weakened_by(heap, leaks),
+            *_weakened_by(heap, doubts),
         ),
     )
 
@@ -179,45 +179,36 @@ def _group_evidence(groups: list[LeakGroup]) -> Iterator[Evidence]:
         )
 
 
-def _doubts(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> Iterator[Evidence]:
+def _doubts(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> tuple[Doubt, ...]:
     """What of this core speaks against verdicts that rest on every chunk and every pointer."""
-    partial = sum(arena.coverage is None or arena.coverage < 1.0 for arena in heap.arenas)
+    doubts = [*heap_doubts(heap)]
     locked = sum(bool(arena.locked) for arena in heap.arenas)
-    causes = {gap.cause for gap in case.gaps}
-    doubts = (
-        (partial, f"{partial} arenas are not whole in the core or could not be walked to their end", "chunk walk"),
-        (heap.gaps, f"{len(heap.gaps)} parts of the heap's own data are not in the core", "gaps"),
-        (
-            heap.anomaly_count,
-            f"{format_count(heap.anomaly_count)} contradictions in the heap's own data",
-            "chunk walk and free lists",
-        ),
-        (
-            locked,
-            f"{locked} arenas were locked: a thread was inside malloc, and may not have handed out or taken back yet"
-            " what counts as in use",
-            "arenas",
-        ),
-        (
-            heap.identity.confidence is not Confidence.CERTAIN,
-            f"how the heap was found is only {heap.identity.confidence.value}",
-            "identification of the heap",
-        ),
-        (
-            leaks.missing_shared_bytes,
-            f"{format_bytes(leaks.missing_shared_bytes)} of writable mapped files and shared memory are not in the core",
-            "program headers",
-        ),
-        (
-            case.core.made_by == "gdb",
-            "gdb wrote this core, and leaves out without a trace what a program excludes from dumps (MADV_DONTDUMP)",
-            "notes of the core",
-        ),
-        (causes.intersection(THREADS_MISSING), "the registers of some threads may be missing", "notes of the core"),
-    )
-    for holds, statement, source in doubts:
-        if holds:
-            yield Evidence(statement, source, Strength.HINT, speaks_against=True)
+    if locked:
+        doubts.append(
+            doubt(
+                f"{format_count(locked)} arenas were locked",
+                "arenas",
+                "a thread was inside malloc, and may not have handed out or taken back yet what counts as in use",
+            )
+        )
+    doubts += identity_doubts(heap)
+    if leaks.missing_shared_bytes:
+        doubts.append(
+            doubt(
+                f"{format_bytes(leaks.missing_shared_bytes)} of writable mapped files and shared memory are not in the core",
+                "program headers",
+                "a pointer there would hold a chunk",
+            )
+        )
+    if case.core.made_by == "gdb":
+        doubts.append(
+            doubt(
+                "gdb wrote this core, and leaves out without a trace what a program excludes from dumps (MADV_DONTDUMP)",
+                "notes of the core",
+                "a pointer there would hold a chunk",
+            )
+        )
+    return (*doubts, *map_doubts(case.gaps), *thread_doubts(case.gaps))
 
 
 def _largest_group(groups: list[LeakGroup]) -> Iterator[Quantity]:
@@ -246,11 +237,7 @@ def _next_steps(groups: list[LeakGroup]) -> tuple[str, ...]:
     )
 
 
-def _weakened_by(heap: HeapSnapshot, leaks: LeakReport) -> Iterator[str]:
-    if leaks.missing_shared_bytes:
-        yield (
-            f"{format_bytes(leaks.missing_shared_bytes)} of writable mapped files and shared memory are not in the"
-            " core; a pointer there would hold a chunk"
-        )
-    for gap in heap.gaps:
-        yield gap.consequence
+def _weakened_by(heap: HeapSnapshot, doubts: Iterable[Doubt]) -> Iterator[str]:
+    """What each doubt means for these chunks, and what follows from the heap's gaps."""
+    yield from (each.text for each in doubts)
+    yield from gap_consequences(heap)

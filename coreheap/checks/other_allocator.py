@@ -1,122 +1,143 @@
-"""OTHER-ALLOCATOR: malloc is not glibc's, or not only."""
+"""OTHER-ALLOCATOR: malloc is not glibc's, or not only, or a run time keeps memory of its own."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+import numpy as np
 
+from coreheap.accounting.other_allocators import OtherAllocator, other_allocators
 from coreheap.checks.protocol import Case
 from coreheap.evidence import Evidence, Strength, confidence_from
 from coreheap.heap import ChunkState
+from coreheap.mappings import KINDS, MappingKind
 from coreheap.quantities import format_bytes
 from coreheap.report import Finding, Quantity, Severity, Unit
 
 NEARLY_EMPTY_SHARE = 0.1
-"""glibc's share of writable private memory below which another loaded allocator is taken for the real one."""
+"""glibc's share of anonymous memory below which another allocator is taken for the real one."""
 
-
-@dataclass(frozen=True, slots=True)
-class KnownAllocator:
-    """An allocator that replaces malloc, recognised by the path of its library."""
-
-    name: str
-    path: re.Pattern[str]
-
-
-# Debian's musl is libc.so in a folder of musl's; a libc.so elsewhere may as well be Android's.
-KNOWN_ALLOCATORS = (
-    KnownAllocator("jemalloc", re.compile(r"/libjemalloc([.\-_][.\-_0-9a-z]*)?\.so[^/]*$")),
-    KnownAllocator("tcmalloc", re.compile(r"/libtcmalloc[_a-z]*[.\-_0-9]*\.so[^/]*$")),
-    KnownAllocator("mimalloc", re.compile(r"/libmimalloc([.\-_][.\-_0-9a-z]*)?\.so[^/]*$")),
-    KnownAllocator("musl", re.compile(r"/(ld-musl-[^/]+|libc\.musl-[^/]+)\.so[^/]*$|musl[^/]*/libc\.so$")),
-    KnownAllocator("snmalloc", re.compile(r"/libsnmallocshim[.\-_0-9a-z]*\.so[^/]*$")),
-    KnownAllocator("Hoard", re.compile(r"/libhoard[.\-_0-9a-z]*\.so[^/]*$")),
-    KnownAllocator("TBB malloc", re.compile(r"/libtbbmalloc_proxy[.\-_0-9a-z]*\.so[^/]*$")),
-)
-
-
-def allocators_loaded(case: Case) -> list[tuple[KnownAllocator, str, int]]:
-    """Known allocators among the modules: which, the module's file name, and where it is mapped."""
-    found = []
-    for module in case.core.modules:
-        file_name = module.path.rpartition("/")[2]
-        for allocator in KNOWN_ALLOCATORS:
-            if allocator.path.search(module.path):
-                found.append((allocator, file_name, module.start))
-    return found
+STATISTICS = {
+    "jemalloc": "malloc_stats_print(), or MALLOC_CONF=stats_print:true at the process's end",
+    "tcmalloc": "MALLOCSTATS=2 at the process's end, MallocExtension_GetStats(), or its heap profiler (HEAPPROFILE)",
+    "mimalloc": "MIMALLOC_SHOW_STATS=1, or mi_stats_print()",
+    "musl": "none: musl keeps no statistics; heaptrack and valgrind see its malloc",
+    "Go": "runtime.ReadMemStats, GODEBUG=gctrace=1, or a heap profile (net/http/pprof)",
+    "pymalloc": "sys._debugmallocstats(), or PYTHONMALLOC=malloc to give all objects to malloc; tracemalloc says who allocates",
+}
+"""How each allocator is asked on a live process."""
 
 
 def findings(case: Case) -> tuple[Finding, ...]:
-    """One finding for each known allocator loaded, or one when no heap of glibc's is there at all."""
+    """One finding for each allocator beside glibc's, or one when no heap of glibc's is there at all."""
     heap = case.heap
     in_use = 0
     if heap is not None:
         in_use = sum(heap.totals[state].chunk_bytes for state in (ChunkState.IN_USE, ChunkState.TCACHE))
         in_use += heap.mmapped_bytes
-    elsewhere = case.ledger.child("other_anonymous").bytes
-    nearly_empty = heap is None or in_use < NEARLY_EMPTY_SHARE * max(elsewhere, 1)
-    loaded = allocators_loaded(case)
-    result = []
-    for allocator, file_name, address in loaded:
-        evidence = [Evidence(f"{file_name} is mapped", "modules of the process", Strength.SOLID, address)]
-        if nearly_empty:
-            evidence.append(
-                Evidence(
-                    f"glibc's heap holds {format_bytes(in_use)} beside {format_bytes(elsewhere)} of other"
-                    " anonymous memory",
-                    "address space ledger",
-                    Strength.HINT,
-                )
-            )
-        else:
-            evidence.append(
-                Evidence(
-                    f"glibc's heap holds {format_bytes(in_use)}, more than a remainder",
-                    "address space ledger",
-                    Strength.HINT,
-                    speaks_against=True,
-                )
-            )
-        result.append(_finding(allocator.name, evidence, in_use, elsewhere, nearly_empty))
-    if not loaded and heap is None and not case.core.memory.writable_bytes_not_saved():
+    unexplained = case.ledger.child("other_anonymous").bytes
+    found = other_allocators(case.core)
+    result = [_finding(case, allocator, in_use, unexplained) for allocator in found]
+    if not found and heap is None and not case.core.memory.writable_bytes_not_saved():
+        nowhere = Evidence(
+            "no malloc_state of any glibc from 2.12 to 2.44 is in the core",
+            "symbols, sub-heap headers and a scan of writable memory",
+            Strength.SOLID,
+        )
+        quantities = _quantities("unknown", None, False, 0, unexplained, True)
+        steps = ("ask who serves malloc here: nm -D of the program and its libraries for malloc",)
         result.append(
-            _finding(
+            Finding(
+                "OTHER-ALLOCATOR",
+                Severity.WARNING,
+                confidence_from([nowhere]),
                 "unknown",
-                [
-                    Evidence(
-                        "no malloc_state of any glibc from 2.12 to 2.44 is in the core",
-                        "symbols, sub-heap headers and a scan of writable memory",
-                        Strength.SOLID,
-                    )
-                ],
-                0,
-                elsewhere,
-                True,
+                quantities,
+                (nowhere,),
+                steps,
             )
         )
     return tuple(result)
 
 
-def _finding(name: str, evidence: list[Evidence], in_use: int, elsewhere: int, nearly_empty: bool) -> Finding:
+def _finding(case: Case, allocator: OtherAllocator, in_use: int, unexplained: int) -> Finding:
+    theirs = bytes_claimed(case, allocator)
+    nearly_empty = case.heap is None or in_use < NEARLY_EMPTY_SHARE * max(unexplained + theirs, 1)
+    evidence = list(allocator.evidence)
+    evidence += [fact for ranges in allocator.ranges if ranges.is_estimate for fact in ranges.evidence]
+    if nearly_empty:
+        evidence.append(
+            Evidence(
+                f"glibc's heap holds {format_bytes(in_use)} beside {format_bytes(theirs)} of {allocator.name}'s and"
+                f" {format_bytes(unexplained)} of other anonymous memory",
+                "address space ledger",
+                Strength.HINT,
+            )
+        )
+    elif allocator.replaces_malloc:
+        evidence.append(
+            Evidence(
+                f"glibc's heap holds {format_bytes(in_use)}, more than a remainder",
+                "address space ledger",
+                Strength.HINT,
+                speaks_against=True,
+            )
+        )
+    is_known = bool(allocator.ranges)
+    weakened_by = []
+    missing = case.core.memory.writable_bytes_not_saved()
+    if is_known and missing:
+        weakened_by.append(
+            f"{format_bytes(missing)} of writable memory are not in the core, and what they describe is not counted: its bytes"
+            " are the least"
+        )
+    if allocator.replaces_malloc and not nearly_empty:
+        weakened_by.append("the library may be there and serve a part of the program only")
+    if not is_known:
+        weakened_by.append(
+            "its structures were not found in the core: its memory counts as other anonymous memory, which also holds what"
+            " the program mapped itself"
+        )
+    elif allocator.is_estimate:
+        weakened_by.append("a part of its bytes is told by where it lies, not by the allocator's own structures")
+    steps = (
+        [f"ask {allocator.name} itself on a live process: {STATISTICS[allocator.name]}"]
+        if allocator.name in STATISTICS
+        else []
+    )
+    if allocator.replaces_malloc:
+        steps.append(
+            "to see glibc's view, run the workload once without this allocator (LD_PRELOAD, or how it is linked)"
+        )
     return Finding(
         code="OTHER-ALLOCATOR",
         severity=Severity.WARNING if nearly_empty else Severity.INFO,
         confidence=confidence_from(evidence),
-        subject=name,
-        quantities=(
-            Quantity("allocator", name, Unit.TEXT),
-            Quantity("glibc_in_use_bytes", in_use, Unit.BYTES),
-            Quantity("other_anonymous_bytes", elsewhere, Unit.BYTES),
-            Quantity("glibc_heap_nearly_empty", str(nearly_empty).lower(), Unit.TEXT),
+        subject=allocator.name,
+        quantities=_quantities(
+            allocator.name, theirs if is_known else None, allocator.is_estimate, in_use, unexplained, nearly_empty
         ),
         evidence=tuple(evidence),
-        next_steps=(
-            "use the allocator's own statistics on a live process (malloc_stats_print, MALLOC_CONF=stats_print:true,"
-            " HEAPPROFILE, MIMALLOC_SHOW_STATS=1)",
-            "to see glibc's view, run the workload once without the preloaded allocator",
-        ),
-        weakened_by=(
-            "memory of the other allocator is counted as other anonymous memory, which also holds what the program"
-            " mapped itself",
-        ),
+        next_steps=tuple(steps),
+        weakened_by=tuple(weakened_by),
+    )
+
+
+def bytes_claimed(case: Case, allocator: OtherAllocator) -> int:
+    """Mapped bytes that the table of mappings gives to an allocator: what nobody with a better claim has."""
+    table = case.mappings
+    if table is None or allocator.name not in table.names:
+        return 0 if table is not None else allocator.bytes
+    rows = (table.kind == KINDS.index(MappingKind.OTHER_ALLOCATOR)) & (table.name == table.names.index(allocator.name))
+    return int((table.end[rows] - table.start[rows]).sum(dtype=np.uint64))
+
+
+def _quantities(
+    name: str, theirs: int | None, is_estimate: bool, in_use: int, unexplained: int, nearly_empty: bool
+) -> tuple[Quantity, ...]:
+    return (
+        Quantity("allocator", name, Unit.TEXT),
+        Quantity("allocator_bytes", theirs, Unit.BYTES),
+        Quantity("allocator_bytes_are_estimated", str(is_estimate).lower(), Unit.TEXT),
+        Quantity("glibc_in_use_bytes", in_use, Unit.BYTES),
+        Quantity("other_anonymous_bytes", unexplained, Unit.BYTES),
+        Quantity("glibc_heap_nearly_empty", str(nearly_empty).lower(), Unit.TEXT),
     )

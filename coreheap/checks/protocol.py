@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 from coreheap.corefile import Core
 from coreheap.evidence import Gap
+from coreheap.free_memory import FreeMemoryReport
 from coreheap.heap import HeapSnapshot
 from coreheap.leaks import LeakReport, RetainedReport
-from coreheap.report import Finding, LedgerNode
+from coreheap.mappings import MappingTable
+from coreheap.report import Finding, LedgerNode, ThreadSummary
+from coreheap.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,10 @@ class Case:
     gaps: tuple[Gap, ...]
     leaks: LeakReport | None = None
     retained: RetainedReport | None = None
+    settings: Settings | None = None
+    free_memory: FreeMemoryReport | None = None
+    mappings: MappingTable | None = None
+    threads: tuple[ThreadSummary, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from rich_argparse import RawDescriptionRichHelpFormatter
 
+from coreheap.cli.command_texts import COMMANDS
 from coreheap.errors import UsageError
 from coreheap.quantities import parse_address, parse_bytes
 
@@ -40,13 +41,66 @@ CHUNK_STATES = (
 VERDICTS = ("definitely_lost", "indirectly_lost", "possibly_lost", "weakly_held", "still_reachable")
 """Equal to the labels of ``leaks.Verdict``; a test compares them."""
 
-TABLE_COMMANDS = ("arenas", "heaps", "chunks", "bins", "threads", "leaks", "top")
+TABLE_COMMANDS = ("arenas", "heaps", "chunks", "bins", "threads", "maps", "leaks", "top")
 """Commands that write rows: text, JSON lines or CSV."""
 ADDRESS_COMMANDS = ("explain", "owners")
 """Commands that answer for addresses: text, or a JSON line for each."""
 
 REFERENCE_COMMANDS = ("leaks", "explain", "owners", "top")
 """Commands that need the reference graph."""
+
+RESIDENCY_COMMANDS = ("analyze", "maps", "threads")
+"""Commands that show what was in memory: for some cores all saved memory is read to know."""
+
+MAPPING_KINDS = (
+    "main_arena",
+    "arena_heap",
+    "arena_reserve",
+    "mmapped_chunk",
+    "main_stack",
+    "thread_stack",
+    "stack_guard",
+    "signal_stack",
+    "ended_stack",
+    "tls",
+    "module_text",
+    "module_rodata",
+    "module_data",
+    "module_bss",
+    "mapped_file",
+    "shared_memory",
+    "kernel_pages",
+    "java_heap",
+    "java_metaspace",
+    "java_code_cache",
+    "java_gc",
+    "other_allocator",
+    "no_access",
+    "unexplained",
+)
+"""Equal to the values of ``mappings.MappingKind``; a test compares them."""
+
+KIND_COLUMNS = (
+    "kind",
+    "count",
+    "reserved_bytes",
+    "committed_bytes",
+    "saved_bytes",
+    "resident_low_bytes",
+    "resident_high_bytes",
+)
+MAPPING_COLUMNS = (
+    "address",
+    "end_address",
+    "permissions",
+    "kind",
+    "thread",
+    "lwp",
+    "arena",
+    "name",
+    *KIND_COLUMNS[2:],
+)
+"""The columns of ``maps``, grouped and with --flat, equal to those of ``render.maps``; a test compares them."""
 
 DEEPEST = 16
 WIDEST = 1000
@@ -94,106 +148,11 @@ class Request:
     addresses: tuple[int, ...] = ()
     depth: int | None = None
     limit: int | None = None
+    kinds: tuple[str, ...] = ()
+    sort: str | None = None
+    descending: bool = False
+    flat: bool = False
 
-
-@dataclass(frozen=True, slots=True)
-class _Command:
-    summary: str
-    description: str
-    examples: tuple[tuple[str, str], ...]
-
-
-_COMMANDS = {
-    "analyze": _Command(
-        "the verdict and the whole report",
-        "Says where the memory of the dumped process went, what malloc's heaps looked like, and what stands out.",
-        (
-            ("coreheap analyze core.1234", "the report for people"),
-            ("coreheap analyze core.1234.zst --json -o report.json", "the whole report for programs"),
-            ("coreheap analyze core.1234 --sysroot ./customer-root --fail-on error", "libraries from elsewhere"),
-        ),
-    ),
-    "arenas": _Command(
-        "one row an arena: what it holds and what is in use",
-        "Lists malloc's arenas, those that hold most memory first.",
-        (
-            ("coreheap arenas core.1234", "the largest arenas"),
-            ("coreheap arenas core.1234 --csv -o arenas.csv", "all arenas, all columns"),
-            ("coreheap arenas core.1234 --json | jq .system_mem", "JSON lines for scripts"),
-        ),
-    ),
-    "heaps": _Command(
-        "one row a sub-heap, or a piece of the main arena",
-        "Lists the stretches of memory that arenas consist of: sub-heaps of 64 MiB, and the main arena's own pieces.",
-        (
-            ("coreheap heaps core.1234", "the largest stretches"),
-            ("coreheap heaps core.1234 --top 200", "more of them"),
-            ("coreheap heaps core.1234 --json", "all, as JSON lines"),
-        ),
-    ),
-    "chunks": _Command(
-        "every malloc chunk, filtered by state, arena and size",
-        "Lists malloc's chunks: the largest as a table, or all of them as CSV or JSON lines.",
-        (
-            ("coreheap chunks core.1234 --state in_use --top 20", "the 20 largest chunks in use"),
-            ("coreheap chunks core.1234 --csv -o chunks.csv", "every chunk"),
-            ("coreheap chunks core.1234 --arena 3 --min-bytes 1MiB --json", "the large ones of arena 3"),
-        ),
-    ),
-    "bins": _Command(
-        "one row a free list: tcache, fastbins, bins",
-        "Lists the free lists that hold chunks, those with most bytes first.",
-        (
-            ("coreheap bins core.1234", "where the free memory is listed"),
-            ("coreheap bins core.1234 --csv", "every list, empty ones too"),
-        ),
-    ),
-    "threads": _Command(
-        "one row a thread: its arena and its tcache",
-        "Lists the threads with the arena that each uses and what its tcache holds.",
-        (
-            ("coreheap threads core.1234", "who uses which arena"),
-            ("coreheap threads core.1234 --json | jq 'select(.arena == 3)'", "the threads of one arena"),
-        ),
-    ),
-    "leaks": _Command(
-        "who is lost: groups of chunks that nothing leads to",
-        "Follows every pointer in the core and lists the chunks that the program can no longer free, in groups.",
-        (
-            ("coreheap leaks core.1234", "the suspects, the surest and largest first"),
-            (
-                "coreheap leaks core.1234 --list --csv -o lost.csv",
-                "every chunk that is lost, perhaps lost or weakly held",
-            ),
-            ("coreheap leaks core.1234 --list --verdict definitely_lost --json", "the leaders alone"),
-        ),
-    ),
-    "explain": _Command(
-        "what an address is, who holds it, and what it leads to",
-        "Says what lies at addresses: the chunk, its neighbours, who leads to it and what it leads to.",
-        (
-            ("coreheap explain core.1234 0x7f3a10000020", "one address"),
-            ("coreheap explain core.1234 0x7f3a10000020 0x55d0e8a012a0 --json", "several, a JSON line each"),
-            ("coreheap explain core.1234 0x7f3a10000020 --retained", "with what would go with it"),
-        ),
-    ),
-    "owners": _Command(
-        "who holds an address, and who holds them",
-        "Shows who leads to a chunk, and who leads to these, as a tree.",
-        (
-            ("coreheap owners core.1234 0x7f3a10000020", "three levels"),
-            ("coreheap owners core.1234 0x7f3a10000020 --depth 6 --limit 3", "deeper and narrower"),
-        ),
-    ),
-    "top": _Command(
-        "what keeps most memory alive: retained sizes, containers that grew",
-        "Lists the chunks without which most memory would go, and holders of very many like chunks.",
-        (
-            ("coreheap top core.1234", "the largest"),
-            ("coreheap top core.1234 --top 200 --csv", "more of them, for a spreadsheet"),
-        ),
-    ),
-}
 
 _EXIT_CODES = (
     "  0   done",
@@ -236,10 +195,10 @@ def parse_arguments(words: Sequence[str]) -> Request:
     Raises UsageError where it makes no sense, and SystemExit after ``--help`` and ``--version``.
     """
     parser = _parser()
-    if words and not words[0].startswith("-") and words[0] not in _COMMANDS and os.path.isfile(words[0]):
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS and os.path.isfile(words[0]):
         raise UsageError(
             f"{words[0]!r} is a file, not a command",
-            expected=f"one of {', '.join(_COMMANDS)}",
+            expected=f"one of {', '.join(COMMANDS)}",
             next_step=f"coreheap analyze {words[0]}",
         )
     spoken = parser.parse_args(words)
@@ -271,7 +230,22 @@ def parse_arguments(words: Sequence[str]) -> Request:
         addresses=tuple(getattr(spoken, "addresses", ())),
         depth=getattr(spoken, "depth", None),
         limit=getattr(spoken, "limit", None),
+        kinds=_words(getattr(spoken, "kind", ()), MAPPING_KINDS, "kind of mapping", "maps"),
+        sort=_sort_column(spoken),
+        descending=getattr(spoken, "descending", False),
+        flat=getattr(spoken, "flat", False),
     )
+
+
+def _sort_column(spoken: argparse.Namespace) -> str | None:
+    """The column to sort by. Raises UsageError for one that the rows do not have."""
+    column = getattr(spoken, "sort", None)
+    if column is None:
+        if getattr(spoken, "descending", False):
+            raise UsageError("--descending says nothing without --sort", next_step="--sort COLUMN --descending")
+        return None
+    (word,) = _words([column.replace(",", " ")], MAPPING_COLUMNS if spoken.flat else KIND_COLUMNS, "column", "maps")
+    return word
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -286,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", title="commands", prog="coreheap", parser_class=_Parser
     )
-    for name, command in _COMMANDS.items():
+    for name, command in COMMANDS.items():
         examples = "".join(f"\n  {line}\n      {meaning}" for line, meaning in command.examples)
         sub = commands.add_parser(
             name,
@@ -314,6 +288,8 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("addresses", metavar="ADDRESS", nargs="+", type=_worded(_address), help=address_help)
     if command == "chunks":
         _add_chunk_filters(parser)
+    elif command == "maps":
+        _add_map_options(parser)
     elif command in ("leaks", "analyze", *ADDRESS_COMMANDS):
         _add_reference_options(parser, command)
     result = parser.add_argument_group("result")
@@ -381,6 +357,24 @@ def _add_chunk_filters(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("leaks")
     group.add_argument("--leaks", action="store_true", help="look for leaks; rows then have a verdict")
     _add_low_memory(group)
+
+
+def _add_map_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("rows")
+    group.add_argument("--flat", action="store_true", help="a row for each mapping, with its owner, not for each kind")
+    group.add_argument(
+        "--kind",
+        metavar="KIND",
+        action="append",
+        default=[],
+        help="only these kinds, separated by commas or given repeatedly: " + ", ".join(MAPPING_KINDS),
+    )
+    group.add_argument(
+        "--sort",
+        metavar="COLUMN",
+        help="sort by a column: " + ", ".join(KIND_COLUMNS) + "; with --flat " + ", ".join(MAPPING_COLUMNS),
+    )
+    group.add_argument("--descending", action="store_true", help="the other way round: the largest first")
 
 
 def _add_low_memory(group: argparse._ArgumentGroup) -> None:

@@ -99,6 +99,8 @@ def _document(
         yield from _about_references(report, request, output, explorer)
     elif request.command == "chunks":
         yield from _chunks(report, request, output)
+    elif request.command == "maps":
+        yield from _maps(report, request, output)
     elif request.command == "analyze":
         yield _analysis(report, request, output)
     else:
@@ -118,13 +120,35 @@ def _analysis(report: Report, request: Request, output: Output) -> bytes:
 def _table(report: Report, request: Request, output: Output) -> bytes:
     table = tables.table_named(request.command, report)
     if request.format is OutputFormat.TEXT:
-        from coreheap.render.terminal_tables import table_text
+        from coreheap.render.terminal_tables import table_notes, table_text
 
-        return _encoded(table_text(request.command, table, _style(request, output, ROWS_SHOWN)), output)
+        notes = table_notes(request.command, report)
+        return _encoded(table_text(request.command, table, _style(request, output, ROWS_SHOWN), notes), output)
     if request.top is not None:
         table = table.largest(_LARGEST_BY[request.command], request.top)
     text = tables.csv_text(table) if request.format is OutputFormat.CSV else tables.json_lines(table)
     return text.encode()
+
+
+def _maps(report: Report, request: Request, output: Output) -> Iterator[bytes]:
+    from coreheap.render import maps
+
+    order = maps.MapsOrder(request.kinds, request.sort, request.descending, request.top)
+    if request.format is OutputFormat.TEXT:
+        from coreheap.render.terminal_maps import kinds_text, mappings_text
+
+        style = _style(request, output, ROWS_SHOWN)
+        yield _encoded((mappings_text if request.flat else kinds_text)(report, order, style), output)
+        return
+    is_csv = request.format is OutputFormat.CSV
+    found = (
+        maps.mapping_tables(report, order, is_text=is_csv) if request.flat else iter([maps.kinds_table(report, order)])
+    )
+    for number, table in enumerate(found):
+        if is_csv:
+            yield (tables.csv_rows(table) if number else tables.csv_text(table)).encode()
+        else:
+            yield tables.json_lines(table).encode()
 
 
 def _chunks(report: Report, request: Request, output: Output) -> Iterator[bytes | bytearray]:

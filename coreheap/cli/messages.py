@@ -19,6 +19,7 @@ def say(line: str) -> None:
     """Write a line to standard error; where that is closed, nobody is listening and that is no error."""
     if sys.stderr is None:
         return
+    # ValueError: the stream object is closed; OSError: what it writes to is.
     with suppress(OSError, ValueError):
         print(printable(line), file=sys.stderr, flush=True)
 

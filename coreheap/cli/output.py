@@ -61,6 +61,7 @@ class _Standard:
 
     def _write_nowhere(self) -> None:
         """Let the interpreter's own flush at exit succeed: what is buffered goes to /dev/null."""
+        # Without a descriptor to redirect (a closed or replaced stream) there is nothing to flush either.
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             try:
@@ -92,6 +93,7 @@ def check_output(path: str | None, input_path: str) -> None:
     if path is None:
         return
     target = os.path.realpath(path)
+    # One of the two does not exist: so they are not the same, and opening them tells who is missing.
     with suppress(OSError):
         if os.path.samefile(target, input_path):
             raise UsageError(
@@ -115,6 +117,7 @@ def opened_output(path: str | None) -> Iterator[Output]:
     """
     if path is None:
         standard = _Standard()
+        # Who reads no further (head, a pager that was quit) has what was wanted.
         with suppress(_ReaderGone):
             yield standard
             standard.finish()
@@ -154,6 +157,7 @@ def _replaced(target: str, path: str) -> Iterator[BinaryIO]:
         raise _not_written(path, error) from None
     try:
         with os.fdopen(descriptor, "wb") as file:
+            # Only a file that is replaced has a mode to keep.
             with suppress(FileNotFoundError):
                 os.fchmod(descriptor, stat.S_IMODE(os.stat(target).st_mode))
             yield file
@@ -164,6 +168,7 @@ def _replaced(target: str, path: str) -> Iterator[BinaryIO]:
             except OSError as error:
                 raise _not_written(path, error) from None
     except BaseException:
+        # The error that is on its way says more than that the temporary file stayed.
         with suppress(OSError):
             os.unlink(temporary)
         raise

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import coreheap
-from coreheap.cli.arguments import Request
+from coreheap.cli.arguments import RESIDENCY_COMMANDS, Request
 from coreheap.errors import UsageError
 from coreheap.leaks import Explanation, OwnerNode, RetainedReport
 from coreheap.report import Report
@@ -86,6 +86,7 @@ def _options(request: Request, progress: Progress) -> coreheap.AnalysisOptions:
         leaks=request.leaks,
         retained=request.retained and request.command == "analyze",
         low_memory=request.low_memory,
+        residency=request.command in RESIDENCY_COMMANDS,
     )
 
 

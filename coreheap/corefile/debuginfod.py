@@ -96,6 +96,7 @@ class DebuginfodClient:
         except OSError as error:
             return f"{path.parent} cannot be written: {error.strerror or error}"
         finally:
+            # What went wrong before is told already; a file left over has a name that nobody asks for.
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
         return ""

@@ -97,8 +97,13 @@ def _ask(question: Callable[[], _Answer]) -> _Answer | None:
         return question()
     except (ELFError, DWARFError, _TooMuchToRead, _zlib_error()):
         return None
+    # Numbers of the file that it takes as they are: abbreviations and forms that do not exist (KeyError), offsets past a table
+    # (IndexError) or below zero (ValueError), sizes of 0 (ArithmeticError), attributes without their section (TypeError,
+    # AttributeError), and its own asserts on all of these.
     except (ArithmeticError, LookupError, ValueError, TypeError, AttributeError, AssertionError):
         return None
+    # Too few bytes for a field, entries that are nested without end, a length that nobody can have (the limits bound what is
+    # read, not what is asked for), and what DWARF allows but pyelftools does not read, such as segmented address ranges.
     except (struct.error, RecursionError, MemoryError, NotImplementedError):
         return None
 

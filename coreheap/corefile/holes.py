@@ -53,6 +53,19 @@ class FileExtents:
         whole = len(starts) == 1 and int(ends[0] - starts[0]) == self._file_bytes
         return HoleMeaning.UNKNOWN if whole else self._writer
 
+    @property
+    def shortest_hole(self) -> int:
+        """Bytes of the shortest hole between two extents; 0 where there is none."""
+        starts, ends, _ = self._columns
+        return int((starts[1:] - ends[:-1]).min()) if len(starts) > 1 else 0
+
+    @property
+    def granularity(self) -> int:
+        """The largest power of two that all borders between data and holes are multiples of."""
+        starts, ends, _ = self._columns
+        borders = int(np.bitwise_or.reduce(np.concatenate([starts, ends[:-1]]), initial=np.uint64(0)))
+        return borders & -borders or self._file_bytes
+
     def within(self, start: int, end: int) -> list[tuple[int, int]]:
         """The data extents in [start, end) of the file, clipped to it."""
         starts, ends, _ = self._columns

@@ -5,6 +5,7 @@ Knows: modules, mapped files, stacks that a thread's stack pointer lies in, the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import IntEnum
 
 import numpy as np
@@ -14,6 +15,11 @@ from coreheap.corefile.core import Core
 from coreheap.corefile.process import AT_SYSINFO_EHDR
 
 READ, WRITE, EXECUTE = 4, 2, 1
+
+VSYSCALL_PAGE = 0xFFFFFFFFFF600000
+"""arch/x86/include/uapi/asm/vsyscall.h, VSYSCALL_ADDR: a part of the ABI."""
+VVAR_BYTES = 1 << 16
+"""More than any kernel's vvar mappings: 4 to 6 pages."""
 
 
 class RegionLabel(IntEnum):
@@ -25,7 +31,7 @@ class RegionLabel(IntEnum):
     MODULE_BSS = 3
     MAPPED_FILES = 4
     KERNEL_PAGES = 5
-    """The vDSO."""
+    """The vDSO, its data below it, and x86's vsyscall page."""
     THREAD_STACKS = 6
     NO_ACCESS = 7
     OTHER_ANONYMOUS = 8
@@ -56,12 +62,31 @@ def region_labels(core: Core) -> npt.NDArray[np.int64]:
         behind_data = np.concatenate(([False], kinds[:-1] == RegionLabel.MODULE_DATA))
         bss = follows & behind_data & ~has_file & ((flags & WRITE) != 0)
         kinds[bss] = RegionLabel.MODULE_BSS
-    vdso = memory.region_index(core.auxv.get(AT_SYSINFO_EHDR, 0))
-    if vdso is not None:
-        kinds[vdso] = RegionLabel.KERNEL_PAGES
+    for region in _kernel_regions(core):
+        kinds[region] = RegionLabel.KERNEL_PAGES
     for thread in core.threads:
         if thread.stack_pointer:
             index = memory.region_index(thread.stack_pointer)
             if index is not None and not has_file[index]:
                 kinds[index] = RegionLabel.THREAD_STACKS
     return kinds
+
+
+def _kernel_regions(core: Core) -> Iterator[int]:
+    """What the kernel maps into every process: the vDSO, its data right below (vvar), on x86-64 the vsyscall page."""
+    memory = core.memory
+    vsyscall = memory.region_index(VSYSCALL_PAGE) if core.machine == "x86_64" else None
+    if vsyscall is not None:
+        yield vsyscall
+    region = memory.region_index(core.auxv.get(AT_SYSINFO_EHDR, 0))
+    while region is not None:
+        yield region
+        below, start = region - 1, int(memory.region_start[region])
+        is_data = (
+            below >= 0
+            and int(memory.region_end[below]) == start
+            and int(memory.region_flags[below]) == READ
+            and int(memory.region_file_index[below]) < 0
+            and start - int(memory.region_start[below]) <= VVAR_BYTES
+        )
+        region = below if is_data else None

@@ -248,6 +248,16 @@ class AddressSpace:
         """Whether the file tells which saved pages had no content at all."""
         return self._extents.meaning is not HoleMeaning.UNKNOWN
 
+    @property
+    def shortest_hole(self) -> int:
+        """Bytes of the shortest hole between data of the core file; 0 where there is none."""
+        return self._extents.shortest_hole
+
+    @property
+    def hole_granularity(self) -> int:
+        """What the borders of all holes of the core file are multiples of: at least the file system's blocks."""
+        return self._extents.granularity
+
     def populated_extents(self, start: int, end: int) -> list[tuple[int, int]]:
         """The saved parts of [start, end) that are no holes of the file.
 

@@ -377,7 +377,8 @@ def _loaded_at(memory: AddressSpace, start: int) -> _Loaded | None:
     ends = [int(segments.address[row]) + int(segments.memory_bytes[row]) for row in loads.tolist()]
     end = bias + max(ends) & _ADDRESS_MASK
     page = memory.page_bytes
-    end = end + page - 1 & ~(page - 1)
+    # A hostile header may end the module with the address space, whose end is no address.
+    end = min(end + page - 1 & ~(page - 1), _ADDRESS_MASK & ~(page - 1))
     if memory.word_bytes == 4:
         bias &= 0xFFFFFFFF
         end = min(end, 1 << 32)

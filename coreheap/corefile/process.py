@@ -192,9 +192,10 @@ def read_initial_stack(memory: AddressSpace, auxv: Mapping[int, int]) -> Initial
         first_variable = int(zeros[-2]) + 1
         counts = words[: first_variable - 1][::-1]
         argument_count = np.flatnonzero(counts[:_STACK_WORDS] == np.arange(len(counts)))
-        if len(argument_count) == 0:
-            continue
-        first_argument = first_variable - 1 - int(argument_count[0])
+        if len(argument_count):
+            first_argument = first_variable - 1 - int(argument_count[0])
+        else:
+            first_argument = _first_adjoining_string(memory, words, first_variable - 1)
         arguments = words[first_argument : first_variable - 1].tolist()
         variables = [_string(memory, at) for at in words[first_variable : place - 1].tolist()]
         environment: dict[str, str] = {}
@@ -224,6 +225,27 @@ def _vectors_on_stack(memory: AddressSpace, auxv: Mapping[int, int]) -> Iterator
         while place >= 2 and (int(words[place - 2]) in auxv or int(words[place - 2]) in AUXV_NAMES):
             place -= 2
         yield words, place
+
+
+def _first_adjoining_string(memory: AddressSpace, words: Words, end: int) -> int:
+    """The first row before ``end`` from which on each word points to a string that ends where the next one begins.
+
+    ld.so, run by name, hands the program a stack without its own arguments; on x86 up to glibc 2.34 the place of argc is not
+    a multiple of 16 then, and the program's start overwrites it. The kernel lays the strings out one after the other.
+    """
+    row = end
+    following: int | None = None
+    while row > max(0, end - _STACK_WORDS):
+        address = int(words[row - 1])
+        try:
+            length = len(memory.read_text(address, _STRING_BYTES))
+        except MemoryFault:
+            return row
+        if following is not None and address + length + 1 != following:
+            return row
+        following = address
+        row -= 1
+    return row
 
 
 def _string(memory: AddressSpace, address: int) -> str:

@@ -112,6 +112,15 @@ def regions_of(
     return regions, runs, gaps
 
 
+def without_overlap(start: Words, end: Words) -> tuple[Words, Words]:
+    """The ranges sorted by start, none empty; of bytes that several hold, the one that starts first keeps them."""
+    order = np.argsort(start, kind="stable")
+    start, end = start[order], end[order]
+    start = start + _overlap_with_earlier(start, end)
+    kept = end > start
+    return start[kept], end[kept]
+
+
 def _overlap_with_earlier(start: Words, end: Words) -> Words:
     """Of ranges sorted by start: how many bytes at the start of each an earlier one covers."""
     reach = np.zeros(len(start), np.uint64)
@@ -202,8 +211,8 @@ def _with_mapped_files(regions: Regions, files: MappedFiles, gaps: list[Gap]) ->
         return regions
     cuts = np.unique(np.concatenate([regions.start, regions.end, file_start, file_end]))
     low, high = cuts[:-1], cuts[1:]
-    region, in_region = _row_holding(low, regions.start, regions.end)
-    file, in_file = _row_holding(low, file_start, file_end)
+    region, in_region = row_holding(low, regions.start, regions.end)
+    file, in_file = row_holding(low, file_start, file_end)
     known = in_region | in_file
     low, high, region, in_region = low[known], high[known], region[known], in_region[known]
     file, in_file = file[known], in_file[known]
@@ -226,7 +235,22 @@ def _with_mapped_files(regions: Regions, files: MappedFiles, gaps: list[Gap]) ->
     )
 
 
-def _row_holding(address: Words, start: Words, end: Words) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
+def left_of(
+    start: Words, end: Words, taken_start: Words, taken_end: Words
+) -> tuple[Words, Words, npt.NDArray[np.intp]]:
+    """What ranges have left when others are taken away: start and end of each piece, and the row that it was a part of.
+
+    Both sorted and without overlap. A range is cut wherever another begins or ends.
+    """
+    # Four sorted columns: a stable sort merges them.
+    cuts = np.sort(np.concatenate([start, end, taken_start, taken_end]), kind="stable")
+    low, high = cuts[:-1], cuts[1:]
+    row, is_here = row_holding(low, start, end)
+    kept = (low < high) & is_here & ~row_holding(low, taken_start, taken_end)[1]
+    return low[kept], high[kept], row[kept]
+
+
+def row_holding(address: Words, start: Words, end: Words) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
     """For each address the row of the sorted ranges that may hold it, and whether it does."""
     if len(start) == 0:
         return np.zeros(len(address), np.intp), np.zeros(len(address), np.bool_)

@@ -212,7 +212,8 @@ class ElfFile:
         size = len(self._content)
         start = min(section.stringtable["sh_offset"], size)
         end = min(start + section.stringtable["sh_size"], size)
-        return self._content.find(name.encode(), start, end) >= 0
+        # Tables share endings of names, so what comes before is open; behind may stand a version.
+        return any(self._content.find(name.encode() + behind, start, end) >= 0 for behind in (b"\0", b"@"))
 
     @cached_property
     def _symtab_section(self) -> Any:
@@ -302,6 +303,7 @@ class ElfFile:
             return question(*arguments)
         except (ELFError, _TooMuchToRead):
             return otherwise
+        # Entry sizes of 0, string offsets past their table, entries cut short, and its asserts on section types.
         except (ZeroDivisionError, IndexError, struct.error, AssertionError):
             return otherwise
 

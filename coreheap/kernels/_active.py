@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         find_chunk_runs,
         find_chunks,
         find_dominators,
+        find_free_runs,
         find_leaders,
         find_mmapped_chunks,
         find_root_references,
@@ -80,6 +81,7 @@ else:
     find_chunk_runs = _implementation.find_chunk_runs
     find_chunks = _implementation.find_chunks
     find_dominators = _implementation.find_dominators
+    find_free_runs = _implementation.find_free_runs
     find_leaders = _implementation.find_leaders
     find_mmapped_chunks = _implementation.find_mmapped_chunks
     find_root_references = _implementation.find_root_references
@@ -108,6 +110,7 @@ __all__ = [
     "find_chunk_runs",
     "find_chunks",
     "find_dominators",
+    "find_free_runs",
     "find_leaders",
     "find_mmapped_chunks",
     "find_root_references",

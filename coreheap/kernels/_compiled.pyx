@@ -27,6 +27,7 @@ from coreheap.kernels.values import (
     ChunkRuns,
     DominatorTree,
     Edges,
+    FreeRuns,
     LostChunks,
     MmappedChunks,
     OverlayOutcome,
@@ -177,7 +178,9 @@ include "_headers.pxi"
 include "_walking.pxi"
 include "_searching.pxi"
 include "_columns.pxi"
+include "_free_runs.pxi"
 include "_lists.pxi"
+include "_chunk_numbers.pxi"
 include "_pointers.pxi"
 include "_edges.pxi"
 include "_marking.pxi"

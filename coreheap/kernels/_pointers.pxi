@@ -6,20 +6,6 @@ cdef extern from *:
     #if defined(__SSE2__)
     #include <emmintrin.h>
     #endif
-    #if defined(__linux__)
-    #include <sys/mman.h>
-    #include <unistd.h>
-    #endif
-    /* Searches jump about in the references: with small pages each jump costs a walk through the page tables as well.
-       Whole pages, or realloc would find its block in two mappings and copy it each time that it grows. */
-    static inline void coreheap_use_huge_pages(void *start, size_t bytes)
-    {
-    #if defined(__linux__) && defined(MADV_HUGEPAGE)
-        uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE), first = (uintptr_t) start & ~(page - 1);
-        if (bytes >= (size_t) 4 << 20)
-            madvise((void *) first, ((uintptr_t) start + bytes - first + page - 1) & ~(page - 1), MADV_HUGEPAGE);
-    #endif
-    }
     /* Which of up to 64 words may lead to a chunk: bit k for word k. A word leads nowhere that is not in [lowest,
        lowest + span) once masked; the SSE2 way for 8 bytes compares the high halves alone, so it lets some pass that
        are beyond the end. With ``ahead`` bytes, what lies so far behind is asked for meanwhile: the processor's own
@@ -66,7 +52,6 @@ cdef extern from *:
     uint64_t words_in_span "coreheap_words_in_span"(
         const uint8_t *at, int64_t words, int word_bytes, uint64_t mask, uint64_t lowest, uint64_t span, int64_t ahead
     ) noexcept nogil
-    void use_huge_pages "coreheap_use_huge_pages"(void *start, size_t bytes) noexcept nogil
 
 cdef enum:
     WORDS_AT_ONCE = 64
@@ -77,57 +62,6 @@ cdef enum:
 
 cdef uint32_t INTERIOR = <uint32_t>1 << 31
 cdef uint32_t CHUNK_MASK = ((<uint32_t>1) << 31) - 1
-
-
-cdef struct ChunkNumbers:
-    uint32_t *data
-    int64_t count
-    int64_t room
-
-
-cdef int _make_room(ChunkNumbers *numbers, int64_t more) except -1 nogil:
-    """Room for ``more`` numbers behind those that are there."""
-    cdef int64_t room
-    cdef uint32_t *data
-    if numbers.room - numbers.count >= more:
-        return 0
-    room = numbers.count + more + (numbers.room >> 1) + 1024
-    data = <uint32_t *>realloc(numbers.data, <size_t>room * sizeof(uint32_t))
-    if data == NULL:
-        with gil:
-            raise MemoryError(f"no room for {room} references")
-    use_huge_pages(data, <size_t>room * sizeof(uint32_t))
-    numbers.data = data
-    numbers.room = room
-    return 0
-
-
-cdef inline int _put(ChunkNumbers *numbers, uint32_t value) except -1 nogil:
-    if numbers.count == numbers.room:
-        _make_room(numbers, 1)
-    numbers.data[numbers.count] = value
-    numbers.count += 1
-    return 0
-
-
-cdef object _chunk_array(ChunkNumbers *numbers):
-    """The numbers as a numpy array, which owns their memory from now on."""
-    cdef cython_view.array wrapped
-    cdef uint32_t *data = numbers.data
-    if numbers.count == 0:
-        free(data)
-        numbers.data = NULL
-        numbers.room = 0
-        return np.empty(0, np.uint32)
-    if numbers.count < numbers.room:
-        data = <uint32_t *>realloc(data, <size_t>numbers.count * sizeof(uint32_t))
-        if data == NULL:
-            data = numbers.data
-    wrapped = <uint32_t[:numbers.count]>data
-    wrapped.callback_free_data = free
-    numbers.data = NULL
-    numbers.count = numbers.room = 0
-    return np.asarray(wrapped)
 
 
 cdef struct Candidate:
@@ -333,11 +267,12 @@ cdef class _Pointers:
         return 0
 
     @cython.final
-    cdef int read_region(self, int64_t region) except -1 nogil:
-        """The words of all its chunks in use."""
+    cdef int read_region(self, int64_t region, uint64_t low, uint64_t high) except -1 nogil:
+        """The words of all its chunks in use whose headers lie in [low, high), two addresses where chunks begin."""
         cdef Stretch stretch
-        stretch.next = self.region_start[region] + self.header_bytes
-        stretch.limit = self.region_end[region] + <uint64_t>self.word
+        stretch.next = max(self.region_start[region], low) + self.header_bytes
+        # The last one has a word of what lies behind the region.
+        stretch.limit = min(self.region_end[region] + <uint64_t>self.word, high + self.header_bytes)
         while self.find_stretch(&stretch):
             self.read_stretch(region, stretch.address - self.region_start[region], stretch.at, stretch.words)
         return 0

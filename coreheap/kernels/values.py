@@ -174,6 +174,32 @@ class ChunkRuns:
         return len(self.start_offset)
 
 
+@dataclass(frozen=True, slots=True)
+class FreeRuns:
+    """Runs of consecutive free chunks of one region that hold a whole page or top; columns of equal length, ascending.
+
+    ``start``, ``end``: uint64 addresses; ``first_chunk``, ``end_chunk``: int64, the chunks [first, end) of the index;
+    ``free_bytes_before`` (uint64), ``free_count_before`` (int64): free bytes and chunks of the region below the run, in
+    runs that are not listed too; ``has_top``: bool. ``run_count``, ``free_count``, ``free_bytes`` are of all runs,
+    ``largest_bytes`` of the largest free chunk but top.
+    """
+
+    start: UInt64Array
+    end: UInt64Array
+    first_chunk: Int64Array
+    end_chunk: Int64Array
+    free_bytes_before: UInt64Array
+    free_count_before: Int64Array
+    has_top: NDArray[np.bool_]
+    run_count: int
+    free_count: int
+    free_bytes: int
+    largest_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
 def no_mmapped_chunks() -> MmappedChunks:
     """An empty table of mmapped chunks."""
     empty = np.empty(0, np.uint64)

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from coreheap.allocators.protocol import Progress
-from coreheap.corefile import Core
+from coreheap.corefile import Backing, Core
+from coreheap.corefile.regions import row_holding, without_overlap
 from coreheap.evidence import Gap
 from coreheap.heap import ChunkState, HeapSnapshot
 from coreheap.kernels import (
@@ -39,7 +40,8 @@ from coreheap.kernels import (
     reverse_edges,
 )
 from coreheap.leaks import RootKind, RootSummary, Verdict
-from coreheap.references.roots import RootRanges, Roots, RootValues, find_roots, missing_bytes_within
+from coreheap.references.ranges import ADDRESS_LIMIT, RootRanges
+from coreheap.references.roots import Roots, RootValues, find_roots, missing_bytes_within
 
 UInt64s = npt.NDArray[np.uint64]
 UInt32s = npt.NDArray[np.uint32]
@@ -158,8 +160,7 @@ def build_graph(
         progress("collecting references", 0, None)
         edges = collect_edges(index, memory, mask)
     progress("searching roots", 0, None)
-    claimed_start, claimed_end = _claimed(heap)
-    roots = find_roots(core, claimed_start, claimed_end, _remainder(heap))
+    roots = find_roots(core, _claimed(heap), _remainder(heap))
     strong, weak, summaries = _root_references(roots.ranges, index, memory, mask)
     registers, thread_words = (_held_by(values, index, mask) for values in (roots.registers, roots.thread_words))
     summaries = (
@@ -212,21 +213,20 @@ def _claimed(heap: HeapSnapshot) -> tuple[UInt64s, UInt64s]:
     column = np.array(others, np.uint64).reshape(-1, 2)
     start = np.concatenate([index.region_start, index.mmapped.mapping_start, column[:, 0]])
     end = np.concatenate([index.region_end, index.mmapped.mapping_start + index.mmapped.mapping_bytes, column[:, 1]])
-    order = np.argsort(start, kind="stable")
-    start, end = start[order], end[order]
-    if len(start) > 1:
-        reach = np.maximum.accumulate(end)
-        start[1:] = np.maximum(start[1:], reach[:-1])
-    kept = end > start
-    return start[kept], end[kept]
+    return without_overlap(start, end)
 
 
-def _remainder(heap: HeapSnapshot) -> list[tuple[int, int]]:
-    """Heap memory without chunks, and what damaged chunks cover: it may hold pointers of chunks that are not known."""
+def _remainder(heap: HeapSnapshot) -> tuple[UInt64s, UInt64s]:
+    """Heap memory without chunks, and what damaged chunks cover: it may hold pointers of chunks that are not known.
+
+    Sorted and without overlap.
+    """
     parts = [(part.range.start, part.range.end) for arena in heap.arenas for part in arena.unattributed]
+    column = np.array(parts, np.uint64).reshape(-1, 2)
     damaged = np.flatnonzero(heap.chunks.index.state == ChunkState.DAMAGED)
     header, chunk_bytes = chunk_extents(heap.chunks.index, damaged.astype(np.int64))
-    return [*parts, *zip(header.tolist(), (header + chunk_bytes).tolist(), strict=True)]
+    start, end = np.concatenate([column[:, 0], header]), np.concatenate([column[:, 1], header + chunk_bytes])
+    return without_overlap(start, np.minimum(end, np.uint64(ADDRESS_LIMIT)))
 
 
 def _root_references(
@@ -270,9 +270,11 @@ def _missing_shared_bytes(core: Core) -> int:
     """Writable shared mappings of files that are not saved; the core does not tell shared from private, so all that is
     mapped from a file, writable, and no module's."""
     memory = core.memory
-    missing = ((memory.region_flags & 2) != 0) & (memory.region_file_index >= 0) & (memory.region_backing != 0)
-    for module in core.modules:
-        missing &= ~((memory.region_start >= np.uint64(module.start)) & (memory.region_start < np.uint64(module.end)))
+    is_left_out = (memory.region_backing != Backing.SAVED) & ((memory.region_flags & 2) != 0)
+    is_mapped_file = memory.region_file_index >= 0
+    modules = np.array([(module.start, module.end) for module in core.modules], np.uint64).reshape(-1, 2)
+    in_module = row_holding(memory.region_start, *without_overlap(modules[:, 0], modules[:, 1]))[1]
+    missing = is_left_out & is_mapped_file & ~in_module
     return int((memory.region_end[missing] - memory.region_start[missing]).sum())
 
 

@@ -5,15 +5,21 @@ Knows: how to say what an address is: a thread's stack, a module's variable, a r
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 
 from coreheap.corefile import Core
 from coreheap.heap import NO_INDEX, ChunkState
-from coreheap.kernels import CHUNK_MASK, chunk_extents
+from coreheap.kernels import CHUNK_MASK, RootReferences, chunk_extents
 from coreheap.leaks import ChunkTypes, ChunkView, Place, RootKind, Verdict
-from coreheap.references.graph import ReferenceGraph
+from coreheap.references.graph import HeldByValue, ReferenceGraph
 from coreheap.references.roots import RootValues, name_of_value
+
+Int64s = npt.NDArray[np.int64]
+UInt32s = npt.NDArray[np.uint32]
 
 
 class Namer:
@@ -95,20 +101,44 @@ class Namer:
     def root_holders(self, chunk: int) -> list[tuple[Place, int]]:
         """The first root of each kind that leads to a chunk, strong ones first, each with the word in the place's kind of
         reference (as in Edges)."""
-        graph = self._graph
-        found: list[tuple[Place, int]] = []
-        for references in (graph.strong, graph.weak):
-            for row in np.flatnonzero((references.target & np.uint32(CHUNK_MASK)) == chunk).tolist():
-                found.append((self.place(int(references.holder_address[row])), int(references.target[row])))
-        for values, held in ((graph.roots.thread_words, graph.thread_words), (graph.roots.registers, graph.registers)):
-            for row in np.flatnonzero((held.target & np.uint32(CHUNK_MASK)) == chunk).tolist():
-                found.append((self.register(values, int(held.row[row])), int(held.target[row])))
-        return found
+        return [
+            (name(row), word)
+            for rows, words, name in self._roots_of(np.array([chunk], np.int64))
+            for row, word in zip(rows.tolist(), words.tolist(), strict=True)
+        ]
 
-    def typical_holder(self, samples: npt.NDArray[np.int64]) -> str | None:
-        """What holds the first of some chunks that a root holds directly; None where chunks hold them all."""
-        for chunk in samples.tolist():
-            found = self.root_holders(chunk)
-            if found:
-                return found[0][0].name
-        return None
+    def typical_holders(self, samples: Sequence[Int64s]) -> list[str | None]:
+        """For each group of chunks: what holds the first of them that a root holds directly; None where chunks hold them
+        all. Goes through all roots once, however many groups there are.
+        """
+        first_root: dict[int, tuple[Callable[[int], Place], int]] = {}
+        for rows, words, name in self._roots_of(np.concatenate([np.empty(0, np.int64), *samples])):
+            chunks, first = np.unique(words & np.uint32(CHUNK_MASK), return_index=True)
+            for chunk, row in zip(chunks.tolist(), rows[first].tolist(), strict=True):
+                first_root.setdefault(chunk, (name, row))
+        names: list[str | None] = []
+        for group in samples:
+            found = next((first_root[chunk] for chunk in group.tolist() if chunk in first_root), None)
+            names.append(found[0](found[1]).name if found is not None else None)
+        return names
+
+    def _roots_of(self, chunks: Int64s) -> Iterator[tuple[Int64s, UInt32s, Callable[[int], Place]]]:
+        """For each kind of root reference, strong ones first: rows that lead to some of the chunks, their words (as in
+        Edges), and what names a row's place."""
+        graph = self._graph
+        asked_for = np.zeros(graph.index.chunk_count, np.bool_)
+        asked_for[chunks] = True
+        kinds: list[tuple[UInt32s, Callable[[int], Place]]] = [
+            (references.target, partial(self._place_of, references)) for references in (graph.strong, graph.weak)
+        ]
+        for values, held in ((graph.roots.thread_words, graph.thread_words), (graph.roots.registers, graph.registers)):
+            kinds.append((held.target, partial(self._register_of, values, held)))
+        for target, name in kinds:
+            rows = np.flatnonzero(asked_for[target & np.uint32(CHUNK_MASK)])
+            yield rows, target[rows], name
+
+    def _place_of(self, references: RootReferences, row: int) -> Place:
+        return self.place(int(references.holder_address[row]))
+
+    def _register_of(self, values: RootValues, held: HeldByValue, row: int) -> Place:
+        return self.register(values, int(held.row[row]))

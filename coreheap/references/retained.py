@@ -62,17 +62,13 @@ def find_retained(graph: ReferenceGraph, top: int = 20) -> RetainedReport:
     is_lost = graph.lost.leader_of[sizes.tree.chunk] != 0
     reachable_bytes = int(sizes.retained[under_roots[~is_lost[under_roots]]].sum())
     order = np.argsort(sizes.retained[under_roots], kind="stable")[::-1][: max(top, 0)]
-    rows = []
-    for node in under_roots[order].tolist():
-        chunk = int(sizes.tree.chunk[node])
-        rows.append(
-            RetainedChunk(
-                namer.chunk(chunk),
-                int(sizes.retained[node]),
-                int(sizes.count[node]),
-                namer.typical_holder(np.array([chunk], np.int64)),
-            )
-        )
+    nodes = under_roots[order]
+    chunks = sizes.tree.chunk[nodes].astype(np.int64)
+    holders = namer.typical_holders(np.split(chunks, len(chunks)) if len(chunks) else [])
+    rows = [
+        RetainedChunk(namer.chunk(chunk), int(sizes.retained[node]), int(sizes.count[node]), holder)
+        for chunk, node, holder in zip(chunks.tolist(), nodes.tolist(), holders, strict=True)
+    ]
     return RetainedReport(tuple(rows), _accumulations(graph, sizes, namer), reachable_bytes)
 
 
@@ -98,15 +94,16 @@ def _accumulations(graph: ReferenceGraph, sizes: RetainedSizes, namer: Namer) ->
     wanted = np.flatnonzero((count >= LIKE_CHILDREN) & (held >= threshold))
     wanted = wanted[np.argsort(-held[wanted], kind="stable")][:ACCUMULATIONS]
     found = []
-    for number in wanted.tolist():
-        children = firsts[group == number]
-        samples = tree.chunk[children[:SAMPLES]].astype(np.int64)
+    children_of = [firsts[group == number] for number in wanted.tolist()]
+    samples_of = [tree.chunk[children[:SAMPLES]].astype(np.int64) for children in children_of]
+    roots_of = namer.typical_holders(samples_of)
+    for number, children, samples, root in zip(wanted.tolist(), children_of, samples_of, roots_of, strict=True):
         views = [namer.chunk(chunk) for chunk in samples.tolist()]
         holder_node = int(keys[number] >> np.uint64(12))
         holder_chunk = int(tree.chunk[holder_node])
         found.append(
             Accumulation(
-                holder=namer.chunk(holder_chunk) if holder_node else namer.typical_holder(samples) or "the roots",
+                holder=namer.chunk(holder_chunk) if holder_node else root or "the roots",
                 retained_bytes=int(sizes.retained[holder_node]),
                 children=int(count[number]),
                 child_bytes=views[0].usable_bytes,

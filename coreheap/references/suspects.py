@@ -117,9 +117,10 @@ class _Suspects:
         if not len(chunks):
             return np.empty(0, np.int64)
         usable = usable_bytes(self._table, chunks, self._granules)
-        keys, begins, group, counts = np.unique(
-            self._keys(chunks), return_index=True, return_inverse=True, return_counts=True
-        )
+        keys, group, counts = np.unique(self._keys(chunks), return_inverse=True, return_counts=True)
+        # Stable: the samples of a group are its first chunks. Numbers of few bits are sorted by radix.
+        order = np.argsort(group.astype(np.min_scalar_type(len(keys))), kind="stable")
+        begins = np.cumsum(counts) - counts
         sums = _sums(group, usable, len(keys))
         smallest = np.full(len(keys), 1 << 62, np.int64)
         largest = np.zeros(len(keys), np.int64)
@@ -136,9 +137,8 @@ class _Suspects:
             found.bytes += int(sums[position])
             found.smallest = min(found.smallest, int(smallest[position]))
             found.largest = max(found.largest, int(largest[position]))
-            if len(found.samples) < SAMPLES:
-                rest = np.flatnonzero(group[begins[position] :] == position)[: SAMPLES - len(found.samples)]
-                found.samples += chunks[rest + begins[position]].tolist()
+            wanted = min(SAMPLES - len(found.samples), int(counts[position]))
+            found.samples += chunks[order[begins[position] :][:wanted]].tolist()
         for pair in np.flatnonzero(by_pair).tolist():
             position, arena = divmod(pair, width)
             self.groups[int(numbers[position])].arenas[arena - 1] += int(by_pair[pair])
@@ -197,13 +197,15 @@ class _Suspects:
 
 def _groups(graph: ReferenceGraph, found: list[_Group], types: ChunkTypes | None) -> tuple[LeakGroup, ...]:
     """Groups as they are told, numbered in their order."""
-    namer = Namer(graph)
     header_bytes = np.uint64(graph.index.geometry.header_bytes)
+    # Nothing holds leaders.
+    held = [np.array([] if group.key[1] else group.samples, np.int64) for group in found]
+    holders = Namer(graph).typical_holders(held)
     groups = []
     for number, group in enumerate(found):
         samples = np.array(group.samples, np.int64)
         header, _ = chunk_extents(graph.index, samples)
-        verdict, is_leader, _, code = group.key
+        verdict, _, _, code = group.key
         groups.append(
             LeakGroup(
                 number=number,
@@ -220,7 +222,7 @@ def _groups(graph: ReferenceGraph, found: list[_Group], types: ChunkTypes | None
                     for arena, count in group.arenas.most_common(ARENAS_PER_GROUP)
                 ),
                 samples=tuple((header + header_bytes).tolist()),
-                holder=None if is_leader else namer.typical_holder(samples),
+                holder=holders[number],
             )
         )
     return tuple(groups)

@@ -26,12 +26,15 @@ from coreheap.heap import (
     SubHeap,
 )
 from coreheap.quantities import AddressRange
+from coreheap.render.free_memory_document import free_memory_value
 from coreheap.render.json_values import Json, address_value, number_value, text_or_null, text_value
 from coreheap.render.leak_documents import leaks_value, retained_value
+from coreheap.render.maps import mappings_value
+from coreheap.render.settings_document import settings_value
 from coreheap.render.tables import json_rows, threads_table
 from coreheap.report import CoreSummary, Finding, LedgerNode, Phase, ProcessSummary, Quantity, Report, Unit
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 """Grows in its second number when keys are added; the first would change only if a key changed its meaning."""
 
 ADDRESS_PARAMETERS = frozenset({"sbrk_base"})
@@ -72,6 +75,9 @@ def json_document(report: Report) -> dict[str, Json]:
                 "of_bytes": item.of_bytes,
                 "whole": text_value(item.whole),
                 "confidence": item.confidence.value,
+                "weakened_by": [text_value(reason) for reason in item.weakened_by],
+                "resident_low_bytes": item.resident_low,
+                "resident_high_bytes": item.resident_high,
             }
             for item in report.verdict
         ],
@@ -80,6 +86,9 @@ def json_document(report: Report) -> dict[str, Json]:
         "threads": [dict(row) for row in json_rows(threads_table(report))],
         "leaks": None if report.leaks is None else leaks_value(report.leaks),
         "retained": None if report.retained is None else retained_value(report.retained),
+        "settings": settings_value(report.settings),
+        "free_memory": free_memory_value(report.free_memory),
+        "mappings": mappings_value(report),
         "ledger": _ledger(report.ledger),
         "findings": [_finding(finding) for finding in report.findings],
         "anomalies": [_anomaly(anomaly) for anomaly in report.anomalies],
@@ -261,6 +270,10 @@ def _ledger(node: LedgerNode) -> Json:
     return {
         "name": text_value(node.name),
         "bytes": node.bytes,
+        "committed_bytes": node.committed_bytes,
+        "saved_bytes": node.saved_bytes,
+        "resident_low_bytes": node.resident_low,
+        "resident_high_bytes": node.resident_high,
         "children": [_ledger(child) for child in node.children],
     }
 

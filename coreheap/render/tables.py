@@ -13,9 +13,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+from coreheap.free_memory import FreeMemoryReport
 from coreheap.heap import Arena, ChunkRegion, ChunkState, HeapSnapshot, RegionKind, StateTotal, SubHeap, ThreadCache
 from coreheap.quantities import format_address
 from coreheap.render.escaping import without_surrogates
+from coreheap.render.free_memory_document import arena_cells, heap_cells
 from coreheap.report import Report
 
 Cell = int | float | str | bool | None
@@ -39,6 +41,14 @@ class Column:
 
     name: str
     kind: CellKind
+
+
+FREE_MEMORY_COLUMNS = (
+    Column("utilisation", CellKind.SHARE),
+    Column("trimmable_bytes", CellKind.BYTES),
+    Column("largest_free_bytes", CellKind.BYTES),
+)
+"""What ``free_memory_document`` gives cells for; of a main arena in several pieces no single piece has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +105,7 @@ def arenas_table(report: Report) -> Table:
         Column("sub_heap_count", CellKind.COUNT),
         *_state_columns(),
         Column("copy", CellKind.INDEX),
+        *FREE_MEMORY_COLUMNS,
     )
     rows = tuple(
         (
@@ -118,6 +129,7 @@ def arenas_table(report: Report) -> Table:
             len(arena.sub_heaps),
             *_state_cells(arena.totals),
             arena.copy,
+            *arena_cells(report.free_memory, arena.index),
         )
         for arena in _arenas(report)
     )
@@ -143,8 +155,9 @@ def heaps_table(report: Report) -> Table:
         Column("populated_bytes", CellKind.BYTES),
         Column("proven_to_end", CellKind.FLAG),
         *_state_columns(),
+        *FREE_MEMORY_COLUMNS,
     )
-    return Table(columns, tuple(_heap_rows(report.heap)) if report.heap else ())
+    return Table(columns, tuple(_heap_rows(report.heap, report.free_memory)) if report.heap else ())
 
 
 def bins_table(report: Report) -> Table:
@@ -182,7 +195,7 @@ def bins_table(report: Report) -> Table:
 
 
 def threads_table(report: Report) -> Table:
-    """One row a thread, with the arena and the tcache it was found to use in the program's own malloc."""
+    """One row a thread: the arena and the tcache it was found to use in the program's own malloc, its name and its stack."""
     columns = (
         Column("index", CellKind.INDEX),
         Column("lwp", CellKind.INDEX),
@@ -196,6 +209,19 @@ def threads_table(report: Report) -> Table:
         Column("stack_pointer", CellKind.ADDRESS),
         Column("program_counter", CellKind.ADDRESS),
         Column("thread_pointer", CellKind.ADDRESS),
+        Column("is_main", CellKind.FLAG),
+        Column("name", CellKind.WORD),
+        Column("name_source", CellKind.WORD),
+        Column("start_routine", CellKind.WORD),
+        Column("stack_start", CellKind.ADDRESS),
+        Column("stack_end", CellKind.ADDRESS),
+        Column("stack_source", CellKind.WORD),
+        Column("guard_bytes", CellKind.BYTES),
+        Column("stack_reserved_bytes", CellKind.BYTES),
+        Column("stack_used_bytes", CellKind.BYTES),
+        Column("stack_resident_bytes", CellKind.BYTES),
+        Column("stack_peak_bytes", CellKind.BYTES),
+        Column("on_signal_stack", CellKind.FLAG),
     )
     address_of = {arena.index: arena.address for arena in _arenas(report)}
     caches = report.heap.thread_caches if report.heap else ()
@@ -213,6 +239,19 @@ def threads_table(report: Report) -> Table:
             thread.stack_pointer,
             thread.program_counter,
             thread.thread_pointer,
+            thread.is_main,
+            thread.name,
+            thread.name_source,
+            thread.start_routine,
+            thread.stack_start,
+            thread.stack_end,
+            thread.stack_source,
+            thread.guard_bytes,
+            thread.stack_reserved_bytes,
+            thread.stack_used_bytes,
+            thread.stack_resident_bytes,
+            thread.stack_peak_bytes,
+            thread.on_signal_stack,
         )
         for thread in report.threads
     )
@@ -222,8 +261,14 @@ def threads_table(report: Report) -> Table:
 def csv_text(table: Table) -> str:
     """The table as CSV: a header line, flags as true and false, unknown as an empty cell."""
     page = io.StringIO()
+    csv.writer(page, lineterminator="\n").writerow(column.name for column in table.columns)
+    return page.getvalue() + csv_rows(table)
+
+
+def csv_rows(table: Table) -> str:
+    """The table's rows as CSV, without the header line."""
+    page = io.StringIO()
     writer = csv.writer(page, lineterminator="\n")
-    writer.writerow(column.name for column in table.columns)
     for row in table.rows:
         writer.writerow(_csv_cell(cell, column.kind) for column, cell in zip(table.columns, row, strict=True))
     return page.getvalue()
@@ -278,7 +323,7 @@ def _state_cells(totals: dict[ChunkState, StateTotal] | None) -> Iterator[int | 
         yield None if total is None else total.usable_bytes
 
 
-def _heap_rows(heap: HeapSnapshot) -> Iterable[tuple[Cell, ...]]:
+def _heap_rows(heap: HeapSnapshot, free_memory: FreeMemoryReport | None) -> Iterable[tuple[Cell, ...]]:
     regions_of: dict[int, list[ChunkRegion]] = {}
     for region in heap.chunks.regions:
         regions_of.setdefault(region.arena, []).append(region)
@@ -293,7 +338,8 @@ def _heap_rows(heap: HeapSnapshot) -> Iterable[tuple[Cell, ...]]:
                     for state in ChunkState
                 }
             proven = all(region.proven_to_end for region in walked) if walked else None
-            yield (*_sub_heap_cells(arena.index, sub_heap), proven, *_state_cells(totals))
+            free = heap_cells(free_memory, arena.index, number)
+            yield (*_sub_heap_cells(arena.index, sub_heap), proven, *_state_cells(totals), *free)
         for region in own:
             if region.kind is not RegionKind.ARENA_HEAP:
                 yield (
@@ -309,6 +355,7 @@ def _heap_rows(heap: HeapSnapshot) -> Iterable[tuple[Cell, ...]]:
                     None,
                     region.proven_to_end,
                     *_state_cells(region.totals),
+                    *(heap_cells(free_memory, arena.index, None) if len(own) == 1 else heap_cells(None, 0, None)),
                 )
 
 

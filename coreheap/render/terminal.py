@@ -15,8 +15,12 @@ from coreheap.evidence import Confidence, Evidence
 from coreheap.heap import BINNED_STATES, Arena, ChunkState, HeapSnapshot, StateTotal
 from coreheap.quantities import format_address, format_bytes, format_count, format_share
 from coreheap.render.escaping import printable, shortened
+from coreheap.render.free_memory_view import add_free_memory
 from coreheap.render.page import Page, PageStyle, counted, part_of_all, plain_table
 from coreheap.render.terminal_leaks import add_leaks
+from coreheap.render.terminal_maps import ledger_with_residency
+from coreheap.render.terminal_settings import add_settings
+from coreheap.render.verdict_text import verdict_paragraph
 from coreheap.render.wording import (
     LONGEST_TEXT,
     address_or_unknown,
@@ -31,7 +35,7 @@ from coreheap.render.wording import (
     verdict_text,
     verdict_whole,
 )
-from coreheap.report import Finding, LedgerNode, Report, Severity, Unit
+from coreheap.report import Finding, LedgerNode, Report, Severity, Unit, VerdictItem
 
 SEVERITY_STYLES = {Severity.INFO: "green", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
 CONFIDENCE_STYLES = {
@@ -58,9 +62,13 @@ def report_text(report: Report, style: PageStyle) -> str:
     if report.heap is not None:
         _states(page, report, report.heap)
         _arenas(page, report.heap)
+    if report.free_memory is not None:
+        add_free_memory(page, report.free_memory)
     if report.leaks is not None and report.heap is not None:
         add_leaks(page, report.leaks)
     _findings(page, report)
+    if report.settings is not None and report.heap is not None:
+        add_settings(page, report.settings)
     _gaps(page, report)
     _anomalies(page, report)
     if report.heap is not None:
@@ -102,19 +110,32 @@ def _verdict(page: Page, report: Report) -> None:
     page.heading("Verdict")
     if not report.verdict:
         page.bullet("Nothing can be said about where the memory went.", indent=1)
-    for whole, items in groupby(report.verdict, verdict_whole):
+    if paragraph := verdict_paragraph(report):
+        page.add(Text(paragraph, style="bold"), indent=1)
+        page.add()
+    for whole, group in groupby(report.verdict, verdict_whole):
+        items = tuple(group)
         page.add(f" {whole}")
+        with_residency = any(item.resident_high is not None for item in items)
         table = Table.grid(padding=(0, 2, 0, 0))
-        table.add_column(justify="right")
-        table.add_column(justify="right", style="bold")
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column(justify="right", style="bold", no_wrap=True)
+        if with_residency:
+            table.add_column(justify="right", no_wrap=True)
+            table.add_row("", "", Text("in memory", style="dim"), "", "")
+        table.add_column()
+        table.add_column(no_wrap=True)
         for item in items:
             table.add_row(
                 f" {format_share(item.bytes, item.of_bytes):>7}",
                 format_bytes(item.bytes),
+                *((_in_memory(item),) if with_residency else ()),
                 verdict_text(item),
                 Text(item.confidence.value, style=CONFIDENCE_STYLES[item.confidence]),
             )
         page.add(table)
+        for reason in dict.fromkeys(reason for item in items for reason in item.weakened_by):
+            page.bullet(Text.assemble(("weakened by: ", "bold"), shortened(reason, LONGEST_TEXT)), sign="?", indent=1)
     counts = [
         f"{count} {severity.value}"
         for severity in sorted(Severity, key=lambda severity: -severity.rank)
@@ -138,17 +159,27 @@ def _verdict(page: Page, report: Report) -> None:
         )
 
 
+def _in_memory(item: VerdictItem) -> str:
+    """How much of a part was in memory; a question mark where nothing is known of it."""
+    if item.resident_low is None or item.resident_high is None:
+        return "?"
+    least, most = format_bytes(item.resident_low), format_bytes(item.resident_high)
+    return most if least == most else f"{least}..{most}"
+
+
 def _ledger(page: Page, root: LedgerNode) -> None:
     page.heading("Where the memory went", f"{format_bytes(root.bytes)} of {humanized(root.name)}")
     table = Table.grid(padding=(0, 2, 0, 0))
     name_cells = 34 if page.width < 100 else 46
+    if page.style.verbose:
+        ledger_with_residency(page, root)
+        return
     table.add_column(width=name_cells, no_wrap=True, overflow="ellipsis")
     table.add_column(justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
     bar_cells = max(8, page.width - name_cells - 28)
-    depth = 99 if page.style.verbose else LEDGER_DEPTH
-    _ledger_rows(page, table, root, root.bytes, 0, depth, bar_cells)
+    _ledger_rows(page, table, root, root.bytes, 0, LEDGER_DEPTH, bar_cells)
     page.add(table, indent=2)
 
 
@@ -157,7 +188,7 @@ def _ledger_rows(
 ) -> None:
     children = sorted((child for child in node.children if child.bytes), key=lambda child: -child.bytes)
     # One node more takes no more room than the line that says how many are missing.
-    is_cut = len(children) > LEDGER_CHILDREN + 1 and not page.style.verbose
+    is_cut = len(children) > LEDGER_CHILDREN + 1
     shown = children[:LEDGER_CHILDREN] if is_cut else children
     for child in shown:
         _ledger_row(page, table, humanized(child.name), child.bytes, whole, level, bar_cells)

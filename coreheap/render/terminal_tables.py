@@ -5,6 +5,7 @@ Knows: which columns of a table help a reader at which width. Does not know: how
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.text import Text
@@ -15,9 +16,11 @@ from coreheap.render.page import Page, PageStyle, counted, part_of_all, plain_ta
 from coreheap.render.rows import STATE_LABELS, VERDICT_LABELS, LargestChunks
 from coreheap.render.tables import Cell, CellKind, Table
 from coreheap.render.wording import humanized, share_text
+from coreheap.report import Report
 
 BOUNDLESS = 1 << 60
 """Bytes from which a list's upper limit is none: no process has that much."""
+ARENAS_NAMED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class _View:
     largest_by: str | None
     nonzero: str | None = None
     """Rows where this column is 0 are left out."""
+    wrapped: str | None = None
+    """The column that may take more than one line."""
 
 
 _VIEWS = {
@@ -93,20 +98,25 @@ _VIEWS = {
         (
             ("index", "thread"),
             ("lwp", "lwp"),
-            ("signal", "signal"),
             ("arena", "arena"),
-            ("tcache_count", "cached"),
-            ("tcache_bytes", "bytes"),
-            ("stack_pointer", "stack pointer"),
+            ("tcache_bytes", "tcache"),
+            ("stack_used_bytes", "used"),
+            ("stack_resident_bytes", "resident"),
+            ("stack_reserved_bytes", "stack"),
+            ("name|start_routine", "name or start"),
         ),
-        (("program_counter", "program counter"), ("thread_pointer", "thread pointer")),
+        (("guard_bytes", "guard"), ("stack_pointer", "stack pointer"), ("signal", "signal")),
         None,
+        wrapped="name|start_routine",
     ),
 }
 
 
-def table_text(name: str, table: Table, style: PageStyle) -> str:
-    """The table of the command ``name`` for people; at most ``style.top`` rows, the largest first."""
+def table_text(name: str, table: Table, style: PageStyle, notes: Sequence[str] = ()) -> str:
+    """The table of the command ``name`` for people; at most ``style.top`` rows, the largest first; ``notes`` below it.
+
+    A view's column ``a|b`` shows the first of these columns that is known.
+    """
     view = _VIEWS[name]
     page = Page(style)
     if view.nonzero is not None:
@@ -116,18 +126,38 @@ def table_text(name: str, table: Table, style: PageStyle) -> str:
     total = len(table.rows)
     shown = table.largest(view.largest_by, style.top) if view.largest_by else _first(table, style.top)
     columns = view.columns + (view.wide_columns if page.width >= 112 else ())
-    places = [table.column_index(column) for column, _ in columns]
-    kinds = [table.columns[place].kind for place in places]
+    places = [[table.column_index(one) for one in column.split("|")] for column, _ in columns]
+    kinds = [table.columns[place[0]].kind for place in places]
     drawn = plain_table(
         [(title, _is_number(kind)) for (_, title), kind in zip(columns, kinds, strict=True)],
+        next((number for number, (column, _) in enumerate(columns) if column == view.wrapped), None),
     )
     for row in shown.rows:
-        drawn.add_row(*(_cell_text(row[place], kind) for place, kind in zip(places, kinds, strict=True)))
+        cells = (next((row[one] for one in place if row[one] is not None), None) for place in places)
+        drawn.add_row(*(_cell_text(cell, kind) for cell, kind in zip(cells, kinds, strict=True)))
     if total:
         page.add(drawn)
     rest = part_of_all(len(shown.rows), total, view.many, "--top N, or --csv / --json for all")
     page.add(Text(rest or counted(total, view.one, view.many), style="dim"))
+    for note in notes:
+        page.add(Text(note, style="dim"))
     return page.text()
+
+
+def table_notes(name: str, report: Report) -> tuple[str, ...]:
+    """What the rows of a table do not show: of threads, the arenas that none of them uses."""
+    if name != "threads" or report.heap is None:
+        return ()
+    without_arena = sum(thread.arena is None for thread in report.threads)
+    # Arenas of other copies of malloc have threads of their own, which these rows do not show.
+    idle = [arena for arena in report.heap.arenas if arena.copy == 0 and not arena.threads]
+    notes = [f"{counted(without_arena, 'thread', 'threads')} without an arena"] if without_arena else []
+    if idle:
+        named = ", ".join(str(arena.index) for arena in idle[:ARENAS_NAMED])
+        more = f" and {len(idle) - ARENAS_NAMED:,} more" if len(idle) > ARENAS_NAMED else ""
+        held = sum(arena.system_mem or 0 for arena in idle)
+        notes.append(f"{counted(len(idle), 'arena', 'arenas')} without a thread, {format_bytes(held)}: {named}{more}")
+    return tuple(notes)
 
 
 def chunks_text(largest: LargestChunks, style: PageStyle) -> str:

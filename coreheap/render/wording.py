@@ -70,9 +70,11 @@ def quantity_text(quantity: Quantity) -> str:
 _VERDICTS = {
     "in_use": "live chunks: asked for and not freed",
     "retained_free": "free inside malloc: freed, kept by malloc",
+    "arena_bloat": "free inside malloc, in arenas beside the main one",
     "mmapped_chunks": "large live blocks, each in a mapping of its own",
     "not_malloc": "other anonymous memory, not glibc malloc's",
     "other_allocator": "outside glibc's heap: the other allocator's place",
+    "java": "the Java VM's: heap, code, classes, its collector's tables",
     "thread_stacks": "thread stacks",
     "module_data": "variables of the program and its libraries",
     "lost": "lost: nothing in the process points to them",
@@ -106,6 +108,10 @@ class _Shown:
     def __getitem__(self, name: str) -> str:
         return quantity_text(self._by_name[name])
 
+    def has(self, name: str) -> bool:
+        """Whether the finding has a quantity of that name that is known and not 0."""
+        return name in self._by_name and bool(self._by_name[name].value)
+
 
 def _arena_bloat(shown: _Shown) -> str:
     return (
@@ -118,6 +124,43 @@ def _retained_free(shown: _Shown) -> str:
     return (
         f"{shown['free_bytes']} ({shown['free_share']}) of what malloc's arenas hold is free: the program gave it "
         "back to malloc, malloc did not give it back to the system."
+    )
+
+
+def _pinned_heap(shown: _Shown) -> str:
+    return (
+        f"Few live chunks ({shown['pin_count']}, {shown['pin_bytes']}) at the ends of heaps ({shown['heaps']}) keep"
+        f" {shown['pinned_bytes']} of whole free pages from going back by themselves."
+    )
+
+
+def _fragmentation(shown: _Shown) -> str:
+    return (
+        f"{shown['shared_page_bytes']} ({shown['shared_page_share']}) of {shown['free_bytes']} free memory share their pages"
+        " with live chunks: nothing but freeing these can give it back."
+    )
+
+
+def _tcache_hoard(shown: _Shown) -> str:
+    return (
+        f"{shown['tcache_bytes']} ({shown['tcache_share']}) of what malloc's arenas hold are {shown['blocks']} freed blocks that"
+        f" {shown['caches']} threads keep in their tcaches."
+    )
+
+
+def _threshold_ratchet(shown: _Shown) -> str:
+    return (
+        f"malloc raised its mmap_threshold from {shown['default_mmap_threshold']} to {shown['mmap_threshold']} by itself: "
+        f"large blocks come from its heaps now, and {shown['kept_bytes']} ({shown['kept_share']}) of what these hold is "
+        "free and stays."
+    )
+
+
+def _stack_memory(shown: _Shown) -> str:
+    return (
+        f"{shown['resident_bytes']} ({shown['resident_share']}) of writable memory are stacks of {shown['threads']} threads, "
+        f"{shown['reserved_bytes']} of address space; the deepest, of thread {shown['deepest_thread']}, uses "
+        f"{shown['deepest_used_bytes']}."
     )
 
 
@@ -135,12 +178,22 @@ def _allocator_abort(shown: _Shown) -> str:
 def _other_allocator(shown: _Shown) -> str:
     if shown["allocator"] == "unknown":
         return "No heap of glibc's malloc was found in this core."
+    name = shown["allocator"]
     if shown["glibc_heap_nearly_empty"] == "true":
+        if shown.has("allocator_bytes"):
+            return (
+                f"{shown['allocator_bytes']} are {name}'s and glibc's heap is nearly empty ({shown['glibc_in_use_bytes']} in "
+                f"use): look for the memory in {name}, not here."
+            )
         return (
-            f"{shown['allocator']} is loaded and glibc's heap is nearly empty ({shown['glibc_in_use_bytes']} in use): "
-            f"look for the memory in {shown['allocator']}, not here."
+            f"{name} is loaded and glibc's heap is nearly empty ({shown['glibc_in_use_bytes']} in use): "
+            f"look for the memory in {name}, not here."
         )
-    return f"{shown['allocator']} is loaded beside a glibc heap that is in use; its blocks are not in these tables."
+    if shown.has("allocator_bytes"):
+        return (
+            f"{name} has {shown['allocator_bytes']} of its own beside glibc's heap; its blocks are not in these tables."
+        )
+    return f"{name} is loaded beside a glibc heap that is in use; its blocks are not in these tables."
 
 
 def _leak(shown: _Shown) -> str:
@@ -167,6 +220,11 @@ def _accumulation(shown: _Shown) -> str:
 _FINDINGS: dict[str, Callable[[_Shown], str]] = {
     "ARENA-BLOAT": _arena_bloat,
     "RETAINED-FREE": _retained_free,
+    "PINNED-HEAP": _pinned_heap,
+    "FRAGMENTATION": _fragmentation,
+    "TCACHE-HOARD": _tcache_hoard,
+    "THRESHOLD-RATCHET": _threshold_ratchet,
+    "STACK-MEMORY": _stack_memory,
     "PARTIAL-CORE": _partial_core,
     "ALLOCATOR-ABORT": _allocator_abort,
     "OTHER-ALLOCATOR": _other_allocator,

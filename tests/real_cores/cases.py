@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from tests.real_cores.targets import MATRIX_TARGETS, MUSL, NATIVE, Target
 
@@ -83,10 +84,9 @@ class Case:
     slow: bool = False
     target: Target = NATIVE
 
-    def variant(self, suffix: str, **changes: object) -> Case:
-        """The same case dumped another way, named `case@suffix`."""
-        # replace() checks the names; their types cannot be said for arbitrary keywords.
-        return replace(self, name=f"{self.name}@{suffix}", **changes)  # type: ignore[arg-type]
+    def variant(self, suffix: str, **changes: Any) -> Case:
+        """The same case dumped another way, named `case@suffix`; ``changes`` are fields of Case."""
+        return replace(self, name=f"{self.name}@{suffix}", **changes)
 
 
 def _all_cases() -> Iterator[Case]:
@@ -122,6 +122,8 @@ def _thread_cases() -> Iterator[Case]:
     small = ("threads=4", "steps=1500", "slots=60", "limit=2000", "stack=64", "seed=51")
     yield Case("threads_small", "threads", small)
     yield Case("plain_small", "plain", ("seed=61",))
+    yield Case("mapped_memory", "mapped_memory", ("seed=211",))
+    yield Case("mapped_memory@filter_all", "mapped_memory", ("seed=212",), coredump_filter=0x7F)
     yield Case("fork_child", "fork_child", ("threads=6", "seed=71"))
     yield Case("fork_child_grows", "fork_child", ("threads=3", "grow=600", "seed=72"))
 
@@ -136,6 +138,32 @@ def _arena_cases() -> Iterator[Case]:
     yield Case("bloat_small", "bloat", ("threads=40", "peak=200", "stack=64", "seed=122"))
     yield Case("retained", "bloat", ("main=65536", "seed=123"))
     yield Case("retained_small", "bloat", ("main=3000", "seed=124"))
+    yield Case("retained_trimmed", "bloat", ("main=65536", "trim=1", "seed=125"))
+    few = {"MALLOC_ARENA_MAX": "2"}
+    yield Case("bloat_arena_max", "bloat", ("threads=40", "peak=1500", "seed=126"), environment=few)
+    yield from _threshold_cases()
+    # Five deep stacks: no more than the check of stacks asks for, and no heap to speak of.
+    stacks = Case(
+        "stacks",
+        "stacks",
+        ("shallow=20", "deep=4", "depth=6144", "gone=3", "seed=194"),
+        environment={"MALLOC_ARENA_MAX": "1"},
+    )
+    yield stacks
+    few = ("shallow=3", "deep=2", "depth=1536", "stack=2048", "gone=3", "seed=195")
+    yield stacks.variant("gcore", arguments=few, made_by="gcore")
+    yield stacks.variant("static_pie", arguments=few, linking=STATIC_PIE)
+    # Each core of these is from a process that looked what malloc_trim(0) gave back of the same heap.
+    yield Case("trim", "trim", ("threads=3", "blocks=2000", "seed=201"))
+    yield Case("trim@before", "trim", ("threads=2", "blocks=2000", "before=1", "seed=202"))
+    yield Case("trim@behind", "trim", ("threads=1", "blocks=1500", "behind=1", "seed=203"))
+    huge = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    yield Case("trim@huge", "trim", ("threads=1", "blocks=1500", "seed=207"), environment=huge)
+    yield Case("trim@trimmed", "trim", ("threads=3", "blocks=2000", "trimmed=1", "seed=201"))
+    yield Case("pinned_sub_heaps", "retention", ("how=sub_heaps", "threads=2", "heaps=3", "seed=204"))
+    yield Case("fragmented", "retention", ("how=pages", "mib=24", "seed=205"))
+    hoard = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=2000"}
+    yield Case("tcache_hoards", "retention", ("how=tcache", "threads=12", "blocks=1500"), environment=hoard)
     big = ("chunks=10000000", "threads=4", "seed=131")
     yield Case("big_heap", "big_heap", big, log_bytes=0, slow=True)
     # 4.3 GB each, what looking for malloc is measured on: one thread, the main arena alone, no page empty.
@@ -147,6 +175,30 @@ def _arena_cases() -> Iterator[Case]:
         yield Case(f"graph_{shape}", "graph_heap", arguments, log_bytes=0, slow=True)
     giant = ("shape=one", "chunks=60000000", "threads=4", "seed=134")
     yield Case("graph_one_giant", "graph_heap", giant, log_bytes=0, slow=True)
+
+
+def _threshold_cases() -> Iterator[Case]:
+    """Settings of malloc, by whom they can be set."""
+    # 400,000 bytes: below 512 KiB, the most that 32-bit malloc raises its threshold to.
+    ratchet = Case("ratchet", "ratchet", ("ratchet=400000", "blocks=60", "seed=191"))
+    yield ratchet
+    # All three ways at once, and names and values that malloc does not take.
+    given = {
+        "MALLOC_ARENA_MAX": "4",
+        "MALLOC_MMAP_THRESHOLD_": "0x20000",
+        "MALLOC_TOP_PAD": "1234",
+        "MALLOC_PERTURB_": "0",
+        "GLIBC_TUNABLES": "glibc.malloc.tcache_count=5:glibc.malloc.trim_treshold=4096:glibc.malloc.arena_test=3",
+    }
+    yield ratchet.variant(
+        "given", arguments=("ratchet=400000", "blocks=60", "n_mmaps_max=70", "seed=192"), environment=given
+    )
+    # The program thinks otherwise than its environment; the end of the heap is free and stays.
+    yield ratchet.variant(
+        "late",
+        arguments=("arena_max=2", "ratchet=30000000", "block=20000000", "blocks=5", "tail=2", "keep=1", "seed=193"),
+        environment={"MALLOC_ARENA_MAX": "7"},
+    )
 
 
 def _damage_cases() -> Iterator[Case]:
@@ -179,8 +231,8 @@ def _other_allocator_cases() -> Iterator[Case]:
 def _copies_cases() -> Iterator[Case]:
     """More than one malloc in a process."""
 
-    def case(name: str, *arguments: str, **more: object) -> Case:
-        return Case(name, "copies", arguments, support=RECORDS_ITSELF, **more)  # type: ignore[arg-type]
+    def case(name: str, *arguments: str, **more: Any) -> Case:
+        return Case(name, "copies", arguments, support=RECORDS_ITSELF, **more)
 
     yield case("namespace", "namespaces=1", "threads=3", "seed=171")
     yield case("namespaces", "namespaces=2", "threads=4", "seed=172")
@@ -249,6 +301,8 @@ MATRIX_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "static_pie": (*_MIX, "seed=42"),
     "non_pie": (*_MIX, "seed=43"),
     "plain_small": ("seed=61",),
+    "mapped_memory": ("seed=211",),
+    "mapped_memory@filter_all": ("seed=212",),
     "fork_child": ("threads=3", "seed=71"),
     "fork_child_grows": ("threads=2", "grow=300", "seed=72"),
     "many_sub_heaps": ("threads=2", "heaps=4", "seed=81"),
@@ -258,6 +312,21 @@ MATRIX_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "mmapped": ("threads=3", "seed=111"),
     "bloat": ("threads=12", "peak=300", "seed=121"),
     "retained": ("main=3000", "seed=123"),
+    "retained_trimmed": ("main=3000", "trim=1", "seed=125"),
+    "bloat_arena_max": ("threads=12", "peak=300", "seed=126"),
+    "ratchet": ("ratchet=400000", "blocks=60", "seed=191"),
+    "stacks": ("shallow=3", "deep=2", "depth=1536", "stack=2048", "gone=3", "seed=194"),
+    "stacks@gcore": ("shallow=3", "deep=2", "depth=1536", "stack=2048", "gone=3", "seed=195"),
+    "stacks@static_pie": ("shallow=3", "deep=2", "depth=1536", "stack=2048", "gone=3", "seed=195"),
+    "ratchet@given": ("ratchet=400000", "blocks=60", "n_mmaps_max=70", "seed=192"),
+    "trim": ("threads=2", "blocks=800", "seed=201"),
+    "trim@before": ("threads=1", "blocks=800", "before=1", "seed=202"),
+    "trim@behind": ("threads=1", "blocks=600", "behind=1", "seed=203"),
+    "trim@huge": ("threads=1", "blocks=600", "seed=207"),
+    "trim@trimmed": ("threads=2", "blocks=800", "trimmed=1", "seed=201"),
+    "pinned_sub_heaps": ("how=sub_heaps", "threads=2", "heaps=2", "seed=204"),
+    "fragmented": ("how=pages", "mib=4", "seed=205"),
+    "tcache_hoards": ("how=tcache", "threads=4", "blocks=1500"),
     "big_heap": ("chunks=20000", "threads=4", "seed=131"),
     "crash_in_malloc_top": ("how=top", "threads=3", "seed=141"),
     "crash_in_malloc_unsorted": ("how=unsorted", "threads=3", "seed=141"),
@@ -295,6 +364,8 @@ EXCLUSIONS = (
     Exclusion("retained_small", "*", "the committed twin of retained, whose matrix arguments are as small"),
     Exclusion("full_*", "*", "for measurements alone, 4 GB each"),
     Exclusion("graph_*", "*", "for measurements alone, 1 GB and more each"),
+    Exclusion("ratchet@late", "*", "on 32-bit no threshold grows that far; nothing of it differs by release"),
+    Exclusion("trim*", "*-arm64", "qemu-user does not tell which pages of the program are in memory"),
     Exclusion("no_glibc_heap", "*", "malloc is never called: no heap to compare"),
     Exclusion("long_lists@slow", "*", "for measurements alone; nothing of it differs by release"),
     Exclusion("containers", "bullseye-*", "libstdc++ is this machine's and needs a newer libc"),

@@ -175,9 +175,10 @@ class TargetFiles:
     @property
     def glibc(self) -> tuple[int, int]:
         """The upstream version."""
-        # Debian's libc6 versions begin with glibc's; anything else is to fail loudly here.
-        major, minor = re.match(r"(\d+)\.(\d+)", self.version).groups()  # type: ignore[union-attr]
-        return int(major), int(minor)
+        # Debian's libc6 versions begin with glibc's.
+        version = re.match(r"(\d+)\.(\d+)", self.version)
+        assert version is not None, self.version
+        return int(version[1]), int(version[2])
 
 
 def files_of(target: Target, directory: Path) -> TargetFiles:
@@ -201,9 +202,10 @@ def files_of(target: Target, directory: Path) -> TargetFiles:
 
 def build_files_of(target: Target, directory: Path) -> TargetFiles:
     """What dynamic programs for the target's platform are built against: the oldest release, at most its own."""
+    # Only targets of the matrix get here, and they all have a platform.
+    assert target.platform is not None
     for release in RELEASES:
-        # Only targets of the matrix get here, and they all have a platform.
-        candidate = MATRIX_TARGETS[f"{release.name}-{target.platform.debian}"]  # type: ignore[union-attr]
+        candidate = MATRIX_TARGETS[f"{release.name}-{target.platform.debian}"]
         if candidate.name == target.name:
             break
         try:

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import coreheap
+from coreheap.evidence import Confidence
 from coreheap.leaks import Verdict
-from coreheap.report import Report
+from coreheap.report import Report, Severity
 from tests.real_cores import cores, targets
 from tests.real_cores.cases import CASES, MATRIX, Case
 from tests.real_cores.comparison import (
@@ -33,8 +34,13 @@ from tests.real_cores.conftest import core_or_skip
 from tests.real_cores.truth import MEANT, Truth, load_truth
 
 INTERFERENCE = 4
-"""Lost blocks that may be held by accident, in one core: by what calls that have returned left in registers and stacks, and
-by words that lead to the memory directly behind a mmapped block."""
+"""Lost blocks of a core that may be held by accident: by what calls that have returned left in registers and stacks. In 87 cores of
+the marked programs the most were 2; each run makes them anew."""
+MMAPPED = ("aligned", "reallocated", "mmapped")
+"""Groups of blocks with mappings of their own. The larger a block is, the more numbers lie in its range."""
+PAST_THREADS, PAST_THREADS_SHARE = "threads_gone", 16
+"""The program whose leaks were made by threads that have ended, and whose later threads got their stacks, full of what the
+first ones used: one in so many of these leaks may be held there (10 of 253 was the most that was seen)."""
 
 MARKED = tuple(name for name, case in {**CASES, **MATRIX}.items() if case.program in ("verdicts", "containers"))
 LISTS = tuple(name for name, case in {**CASES, **MATRIX}.items() if case.program == "long_lists" and not case.slow)
@@ -44,6 +50,7 @@ LEAKING = tuple(
     for name, case in {**CASES, **MATRIX}.items()
     if case.log_bytes and case.program not in (*DAMAGED, "verdicts", "containers", "long_lists")
 )
+CRASHED = tuple(name for name, case in {**CASES, **MATRIX}.items() if case.program == "crash_in_malloc")
 SHARES = (0.2, 0.6, 0.95)
 
 
@@ -148,14 +155,15 @@ def allowed_in(case: Case, truth: Truth) -> Allowed:
     return allowed
 
 
-def without_interference(found: Counter[tuple[str, str, Verdict]]) -> tuple[list[str], int]:
+def without_interference(found: Counter[tuple[str, str, Verdict]], truth: Truth) -> tuple[list[str], int]:
     """What no accident explains, and how many blocks are held by accident."""
     wrong, by_accident = [], 0
     for (group, meant, verdict), count in sorted(found.items()):
-        is_mmapped_too = group in ("aligned", "reallocated", "mmapped")
-        if (meant != "reachable" and verdict is Verdict.WEAKLY_HELD) or (
-            meant in ("indirect", "definite") and verdict is Verdict.POSSIBLY_LOST and is_mmapped_too
-        ):
+        is_left_over = meant != "reachable" and verdict is Verdict.WEAKLY_HELD
+        # With words of 4 bytes, one number in 17,000 lies inside a block of 250 KB: a half of unaligned words in a live
+        # block did (bookworm-i386/verdicts@gcore).
+        is_number = group in MMAPPED and meant in ("indirect", "definite") and truth.machine == "i386"
+        if is_left_over or (is_number and verdict is Verdict.POSSIBLY_LOST):
             by_accident += count
         else:
             wrong.append(f"{count} blocks of {group!r}, meant to be {meant}: {verdict.name}")
@@ -177,7 +185,8 @@ def test_every_block_has_the_verdict_that_is_meant(name: str, tmp_path: Path) ->
     if not circumstances_of(case, truth).inaccessible:
         false_losses = [line for line in false_losses if "page made inaccessible" not in line]
     assert false_losses == []
-    wrong, by_accident = without_interference(meant_otherwise(report.heap, truth, allowed_in(case, truth)))
+    otherwise = meant_otherwise(report.heap, truth, allowed_in(case, truth))
+    wrong, by_accident = without_interference(otherwise, truth)
     assert wrong == []
     assert by_accident <= INTERFERENCE
     if "hidden=1" not in case.arguments:
@@ -228,15 +237,49 @@ def test_leaks_are_seen_and_nothing_else_is_lost(name: str, tmp_path: Path) -> N
         return
     assert falsely_lost(report.heap, truth) == []
     missing = report.leaks.missing_root_bytes
+    # Stacks that cannot be told from other memory (qemu, glibc 2.42 on) hold by insides too, and then strongly.
+    stacks_are_known = circumstances_of(case_of(name), truth).stacks
+    accidents = {Verdict.WEAKLY_HELD} if stacks_are_known else {Verdict.WEAKLY_HELD, Verdict.POSSIBLY_LOST}
     held = 0
     for kind, verdicts in VERDICT_OF_LEAK.items():
         found = verdicts_at(report.heap, truth.leaks_of(kind))
         wanted = [Verdict.POSSIBLY_LOST] if missing else list(verdicts)
         by_accident = ~np.isin(found, wanted)
-        assert np.isin(found[by_accident], [Verdict.WEAKLY_HELD, Verdict.POSSIBLY_LOST]).all(), kind
+        assert np.isin(found[by_accident], list(accidents)).all(), kind
         held += int(by_accident.sum())
-    # Stacks of ended threads are full of what they used.
-    assert held <= max(INTERFERENCE, len(truth.leak_payload_address) // 10)
+    is_of_past_threads = name.rpartition("/")[2].partition("@")[0] == PAST_THREADS
+    assert held <= (len(truth.leak_payload_address) // PAST_THREADS_SHARE if is_of_past_threads else INTERFERENCE)
+
+
+@pytest.mark.parametrize("name", CRASHED)
+def test_in_a_damaged_heap_nothing_that_is_counted_by_chunks_is_certain(name: str, tmp_path: Path) -> None:
+    """What leads to a chunk could be where the damage is."""
+    report = analyse(core_of(name).core, tmp_path)
+    assert report.heap is not None
+    assert report.anomaly_count > 0
+    by_topic = {item.topic: item for item in report.verdict if item.whole == "writable_private"}
+    # Where stacks and TLS are told, nothing may be left that is not malloc's.
+    for topic in ("in_use", "retained_free", *({"not_malloc"} & by_topic.keys())):
+        assert by_topic[topic].confidence.rank <= Confidence.STRONG.rank, topic
+        assert any("contradictions" in reason for reason in by_topic[topic].weakened_by), topic
+    assert by_topic["thread_stacks"].confidence is Confidence.CERTAIN
+    (leak,) = [finding for finding in report.findings if finding.code == "LEAK"]
+    # The crash was within malloc: the arena is locked as well.
+    assert leak.confidence is Confidence.WEAK
+    assert leak.severity is Severity.INFO
+    assert any("contradictions" in reason for reason in leak.weakened_by)
+    assert any("locked" in reason for reason in leak.weakened_by)
+
+
+@pytest.mark.parametrize("name", ["plain_small", "threads_kept"])
+def test_in_a_sound_heap_nothing_is_weakened(name: str, tmp_path: Path) -> None:
+    report = analyse(core_of(name).core, tmp_path)
+    items = [item for item in report.verdict if item.whole == "writable_private"]
+    assert {item.confidence for item in items} == {Confidence.CERTAIN}
+    assert {item.weakened_by for item in items} == {()}
+    (leak,) = [finding for finding in report.findings if finding.code == "LEAK"]
+    assert leak.confidence is Confidence.STRONG
+    assert len(leak.weakened_by) == 1
 
 
 # ------------------------------------------------------------------------------------------- parts missing

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 import coreheap
 from coreheap.heap import ChunkState
 from coreheap.leaks import VERDICTS, Verdict
+from tests.conftest import skip_unless_ci
 from tests.real_cores import real_programs
 from tests.real_cores.real_programs import PROGRAMS, CannotRun, Memcheck
 
@@ -191,7 +192,16 @@ def test_the_leak_of_nginx_is_memchecks(compared: Callable[[str], Compared]) -> 
     found = compared("nginx")
     theirs = found.memcheck.sizes["definitely lost"]
     assert theirs.total() > 0
-    assert found.chunks.sizes(Verdict.DEFINITELY_LOST) == Counter({least_usable(size): n for size, n in theirs.items()})
+    expected = Counter({least_usable(size): count for size, count in theirs.items()})
+    ours = found.chunks.sizes(Verdict.DEFINITELY_LOST)
+    assert ours <= expected
+    for size in expected - ours:
+        # Where a live block's memory once was another's, a pointer to the inside may be left there: it hangs on the length
+        # of paths, what malloc cut from what. memcheck knows that nobody wrote it, a core does not.
+        rows = np.flatnonzero((found.chunks.usable == size) & (found.chunks.verdict == Verdict.POSSIBLY_LOST))
+        assert len(rows) >= (expected - ours)[size]
+        held = {target for place, target in words_that_lead_to(found, rows) if not is_dead(found, place)}
+        assert held == set(found.chunks.payload[rows].tolist())
 
 
 BEHIND_DATA = r"""
@@ -218,7 +228,9 @@ def test_memory_behind_a_modules_data_is_not_its_bss(tmp_path: Path, require_too
     """It is missing in the core, so nothing is definitely lost; taken for bss that was never written, 100 blocks were."""
     compiler = require_tool("gcc", "apt-get install gcc libc6-dev")
     if not real_programs.kernel_writes_cores_here():
-        pytest.skip("gdb would save what the program excludes; run this where core_pattern is `core`")
+        skip_unless_ci(
+            "gdb would save what the program excludes; to run this test: sysctl kernel.core_pattern=core, ulimit -H -c unlimited"
+        )
     (tmp_path / "behind.c").write_text(BEHIND_DATA)
     command = [compiler, "-O1", "-no-pie", "-Wl,-z,norelro", "-o", "behind", "behind.c"]
     subprocess.run(command, cwd=tmp_path, check=True)

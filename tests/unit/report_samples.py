@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -46,6 +46,7 @@ from coreheap.leaks import (
     Verdict,
     VerdictTotal,
 )
+from coreheap.mappings import KINDS, UNKNOWN_FLAGS, MappingKind, MappingTable, ResidencyBasis
 from coreheap.quantities import GIB, KIB, MIB, AddressRange
 from coreheap.report import (
     CoreSummary,
@@ -154,7 +155,7 @@ def main_arena() -> Arena:
     )
 
 
-def thread_arena(index: int, threads: tuple[int, ...] = (), **changes: object) -> Arena:
+def thread_arena(index: int, threads: tuple[int, ...] = (), **changes: Any) -> Arena:
     address = 0x7F3A10000000 + index * 64 * MIB
     arena = Arena(
         index=index,
@@ -183,7 +184,7 @@ def thread_arena(index: int, threads: tuple[int, ...] = (), **changes: object) -
         saved_bytes=(40 - index) * MIB,
         coverage=1.0,
     )
-    return dataclasses.replace(arena, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(arena, **changes)
 
 
 def identity() -> AllocatorIdentity:
@@ -257,7 +258,7 @@ def ledger() -> LedgerNode:
         "address_space",
         arenas,
         LedgerNode("mmapped_chunks", 24 * MIB),
-        LedgerNode("thread_stacks", 96 * MIB),
+        LedgerNode("thread_stacks", 96 * MIB, (), 95 * MIB, 95 * MIB, 1 * MIB, 2 * MIB),
         modules,
         LedgerNode("other_anonymous", 1 * GIB),
     )
@@ -292,7 +293,7 @@ def finding(code: str = "ARENA-BLOAT", severity: Severity = Severity.WARNING) ->
     )
 
 
-def group(number: int = 0, verdict: Verdict = Verdict.DEFINITELY_LOST, **changes: object) -> LeakGroup:
+def group(number: int = 0, verdict: Verdict = Verdict.DEFINITELY_LOST, **changes: Any) -> LeakGroup:
     """4,000 chunks of 72 bytes that lead to 8,000 more; ``changes`` replace fields."""
     made = LeakGroup(
         number=number,
@@ -308,10 +309,10 @@ def group(number: int = 0, verdict: Verdict = Verdict.DEFINITELY_LOST, **changes
         samples=(0x7F3A140008D0, 0x7F3A14000CE0),
         holder=None,
     )
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(made, **changes)
 
 
-def leaks(*groups: LeakGroup, **changes: object) -> LeakReport:
+def leaks(*groups: LeakGroup, **changes: Any) -> LeakReport:
     """Verdicts whose sums are those of the groups, and 100 MiB still reachable; ``changes`` replace fields."""
     sums = {verdict: VerdictTotal() for verdict in VERDICTS}
 
@@ -334,7 +335,7 @@ def leaks(*groups: LeakGroup, **changes: object) -> LeakReport:
         missing_shared_bytes=0,
         unreachable=VerdictTotal(sum(part.count for part in lost), sum(part.usable_bytes for part in lost)),
     )
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(made, **changes)
 
 
 def suspects() -> LeakReport:
@@ -355,11 +356,11 @@ def suspects() -> LeakReport:
     return leaks(group(), possible, weak, missing_shared_bytes=4 * MIB)
 
 
-def chunk_view(payload: int = 0x7F3A140008D0, usable: int = 72, **changes: object) -> ChunkView:
+def chunk_view(payload: int = 0x7F3A140008D0, usable: int = 72, **changes: Any) -> ChunkView:
     made = ChunkView(
         7, payload - 16, payload, usable + 8, usable, "in_use", False, 3, Verdict.STILL_REACHABLE, "struct node"
     )
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(made, **changes)
 
 
 def explanation() -> Explanation:
@@ -412,7 +413,42 @@ def retained() -> RetainedReport:
     )
 
 
-def report(**changes: object) -> Report:
+def mappings(basis: ResidencyBasis = ResidencyBasis.HOLES) -> MappingTable:
+    """Mappings of several kinds and owners; one name is hostile, one mapping is told by NT_FILE alone."""
+    rows = (
+        # start, size, kind, flags, thread, arena, name, committed, saved, resident: at least and at most, in pages
+        (0x5599DF000000, 40, MappingKind.MODULE_TEXT, 5, -1, -1, 0, 40, 0, 0, 40),
+        (0x5599E0000000, 33, MappingKind.MAIN_ARENA, 6, -1, 0, -1, 33, 33, 30, 30),
+        (0x7F3A14000000, 20_000, MappingKind.ARENA_HEAP, 6, -1, 1, -1, 20_000, 20_000, 19_000, 19_000),
+        (0x7F3A18E20000, 96_000, MappingKind.ARENA_RESERVE, 0, -1, 1, -1, 0, 0, 0, 0),
+        (0x7F3A60000000, 40, MappingKind.MMAPPED_CHUNK, 6, -1, -1, -1, 40, 40, 2, 2),
+        (0x7F3A60028000, 1_025, MappingKind.MMAPPED_CHUNK, 6, -1, -1, -1, 1_025, 1_025, 1_025, 1_025),
+        (0x7F3A70000000, 1, MappingKind.STACK_GUARD, 0, 3, -1, -1, 0, 0, 0, 0),
+        (0x7F3A70001000, 2_048, MappingKind.THREAD_STACK, 6, 3, -1, -1, 2_048, 2_048, 4, 4),
+        (0x7F3A80000000, 16, MappingKind.MAPPED_FILE, UNKNOWN_FLAGS, -1, -1, 1, 16, 0, 0, 16),
+        (0x7FFC00000000, 34, MappingKind.MAIN_STACK, 6, 0, -1, -1, 34, 34, 5, 5),
+    )
+    columns = list(zip(*rows, strict=True))
+    start = np.array(columns[0], np.uint64)
+    committed, saved, low, high = (np.array(column, np.uint64) * np.uint64(4096) for column in columns[7:])
+    return MappingTable(
+        start=start,
+        end=start + np.array(columns[1], np.uint64) * np.uint64(4096),
+        kind=np.array([KINDS.index(kind) for kind in columns[2]], np.uint8),
+        flags=np.array(columns[3], np.uint8),
+        thread=np.array(columns[4], np.int32),
+        arena=np.array(columns[5], np.int32),
+        name=np.array(columns[6], np.int32),
+        committed_bytes=committed,
+        saved_bytes=saved,
+        resident_low=low,
+        resident_high=high,
+        names=("/usr/sbin/serviced", "/tmp/\x1b[31m,red\n\u202efile"),
+        basis=basis,
+    )
+
+
+def report(**changes: Any) -> Report:
     """A process with 13 arenas, of which most is retained; ``changes`` replace fields."""
     arenas = (main_arena(), *(thread_arena(index, (index,) if index % 2 else ()) for index in range(1, 13)))
     parts = (
@@ -448,6 +484,18 @@ def report(**changes: object) -> Report:
                 number or None,
                 7,
                 560,
+                name=None if number else "serviced",
+                name_source=None if number else "comm",
+                start_routine="worker_main in serviced" if number else None,
+                is_main=number == 0,
+                stack_start=0x7FFC00000000 - number * MIB - (8 * MIB if number else 132 * KIB),
+                stack_end=0x7FFC00000000 - number * MIB + 4 * KIB,
+                stack_source="descriptor" if number else "initial_stack",
+                guard_bytes=4 * KIB if number else None,
+                stack_used_bytes=None if number == 5 else 4 * KIB,
+                stack_resident_bytes=None if number == 6 else 32 * KIB,
+                stack_peak_bytes=None if number == 6 else 40 * KIB,
+                on_signal_stack=number == 7,
             )
             for number in range(13)
         ),
@@ -457,7 +505,14 @@ def report(**changes: object) -> Report:
         findings=(finding("RETAINED-FREE", Severity.INFO), finding()),
         verdict=(
             VerdictItem("retained_free", 402 * MIB, 480 * MIB, "malloc_memory", Confidence.CERTAIN),
-            VerdictItem("not_malloc", 1 * GIB, 2 * GIB, "address_space", Confidence.PLAUSIBLE),
+            VerdictItem(
+                "not_malloc",
+                1 * GIB,
+                2 * GIB,
+                "address_space",
+                Confidence.PLAUSIBLE,
+                ("1 contradictions in the heap's own data: the borders and states of chunks around them are not sure",),
+            ),
         ),
         anomalies=(Anomaly("size_not_aligned", 0x7F3A14001230, "a multiple of 16", "0x4141414141414141", 1),),
         anomaly_count=1,
@@ -469,8 +524,9 @@ def report(**changes: object) -> Report:
         is_partial=True,
         leaks=suspects(),
         retained=retained(),
+        mappings=mappings(),
     )
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(made, **changes)
 
 
 def small_report() -> Report:
@@ -556,7 +612,7 @@ def damaged_report() -> Report:
                 (HOSTILE,),
             ),
         ),
-        verdict=(VerdictItem("unheard_of", 5, 0, HOSTILE, Confidence.WEAK),),
+        verdict=(VerdictItem("unheard_of", 5, 0, HOSTILE, Confidence.WEAK, (HOSTILE, HOSTILE)),),
         anomalies=tuple(Anomaly("bad_" + str(number), number, HOSTILE, HOSTILE) for number in range(25)),
         anomaly_count=90_000,
         gaps=(Gap("cut", HOSTILE),),

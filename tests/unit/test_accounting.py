@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import coreheap
-from coreheap.accounting import Claims, build_ledger, inside
-from coreheap.corefile.kinds import RegionLabel
+from coreheap.accounting import Claims, account_for_memory, build_ledger
+from coreheap.accounting.ledger import NODES
+from coreheap.accounting.pieces import NO_CLAIM, cut_into_pieces
 from coreheap.heap import Arena, HeapSnapshot, UnattributedRange
+from coreheap.mappings import KINDS, MappingKind, MappingTable, ResidencyBasis
 from coreheap.quantities import AddressRange
 from coreheap.report import LedgerNode
 from tests.core_builder import CoreBuilder
@@ -29,51 +31,74 @@ from tests.unit.allocators.built_process import (
     release,
 )
 
-# Claims
+# Claims and pieces
 
 
-def claimed(claims: Claims, label: str) -> list[tuple[int, int]]:
-    start, end = claims.sorted_ranges(label)
-    return list(zip(start.tolist(), end.tolist(), strict=True))
+def pieces_of(regions: list[tuple[int, int]], claims: Claims) -> list[tuple[int, int, int, int]]:
+    """Start, end, region and claim of each piece."""
+    start, end = (np.array([region[side] for region in regions], np.uint64) for side in (0, 1))
+    pieces = cut_into_pieces(start, end, claims.columns())
+    columns = (pieces.start, pieces.end, pieces.region, pieces.claim)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def test_overlapping_claims_of_one_label_are_counted_once() -> None:
+def test_the_earlier_claim_keeps_the_bytes() -> None:
     claims = Claims()
-    claims.add("a", [100, 10], [200, 50])
-    claims.add("a", [40, 150, 10], [120, 160, 20])
-    assert claimed(claims, "a") == [(10, 50), (50, 120), (120, 200)]
+    claims.add(MappingKind.TLS, [100, 10], [200, 50], thread=[3, 4])
+    claims.add(MappingKind.JAVA_HEAP, 0, 150, name="vm")
+    assert pieces_of([(0, 120), (120, 300)], claims) == [
+        (0, 10, 0, 2),
+        (10, 50, 0, 1),
+        (50, 100, 0, 2),
+        (100, 120, 0, 0),
+        (120, 150, 1, 0),
+        (150, 200, 1, 0),
+        (200, 300, 1, NO_CLAIM),
+    ]
+    columns = claims.columns()
+    assert columns.thread.tolist() == [3, 4, -1]
+    assert [KINDS[kind] for kind in columns.kind] == [MappingKind.TLS, MappingKind.TLS, MappingKind.JAVA_HEAP]
+    assert (columns.name.tolist(), claims.names) == ([-1, -1, 0], ["vm"])
 
 
-def test_empty_claims_are_none() -> None:
+def test_empty_claims_are_none_and_any_number_is_an_address() -> None:
     claims = Claims()
-    claims.add("a", [], [])
-    claims.add("a", [7, 9], [7, 5])
-    assert claimed(claims, "a") == []
+    claims.add(MappingKind.TLS, [], [])
+    claims.add(MappingKind.TLS, [7, 9], [7, 5], thread=[1, 2])
+    claims.add(MappingKind.TLS, -5, 1 << 70)
+    columns = claims.columns()
+    assert columns.start.tolist() == [0]
+    assert columns.end.tolist() == [(1 << 64) - 1]
 
 
-ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=12)
+ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), max_size=12)
+gaps_and_sizes = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 20)), max_size=8)
 
 
-@given(ranges)
-def test_claims_cover_what_was_claimed_without_overlap(rows: list[tuple[int, int]]) -> None:
+@given(gaps_and_sizes, st.lists(ranges, max_size=4))
+def test_pieces_tile_the_regions_and_name_the_first_claim(
+    layout: list[tuple[int, int]], calls: list[list[tuple[int, int]]]
+) -> None:
+    regions, position = [], 0
+    for gap, size in layout:
+        regions.append((position + gap, position + gap + size))
+        position += gap + size
     claims = Claims()
-    claims.add("a", [start for start, _ in rows], [start + size for start, size in rows])
-    pieces = claimed(claims, "a")
+    for rows in calls:
+        claims.add(MappingKind.TLS, [start for start, _ in rows], [start + size for start, size in rows])
+    made = [(start, start + size) for rows in calls for start, size in rows if size]
+    pieces = pieces_of(regions, claims)
     assert all(before[1] <= after[0] for before, after in pairwise(pieces))
-    wanted = {byte for start, size in rows for byte in range(start, start + size)}
-    assert {byte for start, end in pieces for byte in range(start, end)} == wanted
-    assert sum(end - start for start, end in pieces) == len(wanted)
-
-
-@given(ranges, st.lists(st.integers(0, 100), max_size=8))
-def test_inside_names_the_range_that_holds_an_address(rows: list[tuple[int, int]], addresses: list[int]) -> None:
-    claims = Claims()
-    claims.add("a", [start for start, _ in rows], [start + size for start, size in rows])
-    start, end = claims.sorted_ranges("a")
-    found = inside(start, end, np.array(addresses, np.uint64)).tolist()
-    pieces = claimed(claims, "a")
-    holders = [[row for row, piece in enumerate(pieces) if piece[0] <= address < piece[1]] for address in addresses]
-    assert found == [holder[0] if holder else -1 for holder in holders]
+    told = {byte: (region, claim) for start, end, region, claim in pieces for byte in range(start, end)}
+    expected = {
+        byte: (
+            number,
+            next((row for row, (low, high) in enumerate(made) if low <= byte < high), NO_CLAIM),
+        )
+        for number, (start, end) in enumerate(regions)
+        for byte in range(start, end)
+    }
+    assert told == expected
 
 
 # Nodes
@@ -97,7 +122,34 @@ def assert_sums(node: LedgerNode, mapped: int) -> None:
             names = [child.name for child in current.children]
             assert len(set(names)) == len(names)
             pending += current.children
+            for number in ("committed_bytes", "saved_bytes", "resident_low", "resident_high"):
+                parts = [getattr(child, number) for child in current.children]
+                if None not in parts:
+                    assert getattr(current, number) == sum(parts)
     assert sum(leaf.bytes for leaf in leaves_of(node)) == mapped
+
+
+def assert_same_bytes(table: MappingTable, ledger: LedgerNode) -> None:
+    """The table has no overlap, and by kind the bytes that the ledger has."""
+    assert bool((table.start < table.end).all())
+    assert bool((table.start[1:] >= table.end[:-1]).all())
+    assert bool((table.resident_low <= table.resident_high).all())
+    assert bool((table.resident_high <= table.end - table.start).all())
+    sums = {
+        "bytes": table.end - table.start,
+        "committed_bytes": table.committed_bytes,
+        "saved_bytes": table.saved_bytes,
+        "resident_low": table.resident_low,
+        "resident_high": table.resident_high,
+    }
+    nodes = [(ledger.child(name), kinds) for name, kinds in NODES]
+    if ledger.children[0].name == "malloc":
+        nodes.append((ledger.child("malloc"), tuple(KINDS[:4])))
+    for node, kinds in nodes:
+        rows = np.isin(table.kind, [KINDS.index(kind) for kind in kinds])
+        assert table.bytes_of(*kinds) == node.bytes
+        for number, column in sums.items():
+            assert getattr(node, number) == int(column[rows].sum()), (node.name, number)
 
 
 # The address space without a heap
@@ -108,15 +160,19 @@ def test_each_kind_of_memory_has_its_leaf(tmp_path: Path) -> None:
     with coreheap.open(process.write(tmp_path)) as core:
         ledger = build_ledger(core, None)
         assert_sums(ledger, mapped_bytes_of(core))
-    assert [child.name for child in ledger.children] == [label.name.lower() for label in RegionLabel]
+    assert [child.name for child in ledger.children] == [name for name, _ in NODES]
+    assert sorted((kind for _, kinds in NODES for kind in kinds), key=KINDS.index) == list(KINDS[4:])
     assert ledger.child("module_text").bytes == 0x1000 + 0x2000  # program and libc
     assert ledger.child("module_data").bytes == 0x1000 + 0x2000
     assert ledger.child("module_bss").bytes == 0x2000
     threads = len(process.threads)
-    assert ledger.child("thread_stacks").bytes == 0x4000 * threads
+    stacks = ledger.child("thread_stacks")
     guards = PAGE * (threads - 1)
+    assert stacks.child("stack_guard").bytes == guards
+    # The main thread's descriptor lies in a mapping of the dynamic linker's, those of the others in their stacks.
+    assert stacks.bytes == 0x4000 * threads + guards + stacks.child("tls").bytes // threads
     tails = sum(end - start for start, end, flags in process.unsaved if flags == "---") - guards
-    assert ledger.child("no_access").bytes == guards + tails
+    assert ledger.child("no_access").bytes == tails
 
 
 def test_empty_core_has_an_empty_ledger(tmp_path: Path) -> None:
@@ -236,5 +292,54 @@ def test_leaves_add_up_whatever_the_heap_claims(
 ) -> None:
     core, heap = opened
     arenas = tuple(lying_arena(arena, cuts[number::3], shift, growth) for number, arena in enumerate(heap.arenas))
-    ledger = build_ledger(core, dataclasses.replace(heap, arenas=arenas))
-    assert_sums(ledger, mapped_bytes_of(core))
+    account = account_for_memory(core, dataclasses.replace(heap, arenas=arenas))
+    assert_sums(account.ledger, mapped_bytes_of(core))
+    assert_same_bytes(account.mappings, account.ledger)
+
+
+def test_each_mmapped_chunk_is_a_row_and_neighbours_of_one_kind_are_one(
+    process: BuiltProcess, opened: tuple[coreheap.Core, HeapSnapshot]
+) -> None:
+    core, heap = opened
+    table = account_for_memory(core, heap).mappings
+    chunks = np.flatnonzero(table.kind == KINDS.index(MappingKind.MMAPPED_CHUNK))
+    rows = list(zip(table.start[chunks].tolist(), (table.end - table.start)[chunks].tolist(), strict=True))
+    assert rows == sorted(process.builder.heap.mmapped_mappings)
+    sub_heaps = np.flatnonzero(table.kind == KINDS.index(MappingKind.ARENA_HEAP))
+    assert len(sub_heaps) == sum(len(arena.sub_heaps) for arena in process.arenas)
+    # What every other row and the next share they do not share all of.
+    for row in range(len(table) - 1):
+        if row not in chunks and table.start[row + 1] == table.end[row]:
+            ours, next_ones = (
+                [column[place] for column in (table.kind, table.flags, table.thread, table.arena, table.name)]
+                for place in (row, row + 1)
+            )
+            assert ours != next_ones
+
+
+def test_a_claimant_that_fails_costs_only_what_it_would_have_claimed(
+    opened: tuple[coreheap.Core, HeapSnapshot],
+) -> None:
+    core, heap = opened
+    failed = []
+
+    def fail(core: coreheap.Core, claims: Claims) -> None:
+        raise ValueError("a defect")
+
+    def attempt(name: str, claim: Callable[[], None]) -> None:
+        try:
+            claim()
+        except ValueError:
+            failed.append(name)
+
+    account = account_for_memory(core, heap, claimants=(("nothing", fail),), attempt=attempt)
+    assert failed == ["nothing"]
+    assert_sums(account.ledger, mapped_bytes_of(core))
+
+
+def test_without_residency_nothing_is_known_of_it(opened: tuple[coreheap.Core, HeapSnapshot]) -> None:
+    core, heap = opened
+    table = account_for_memory(core, heap, residency=False).mappings
+    assert table.basis is ResidencyBasis.UNKNOWN
+    assert int(table.resident_low.sum()) == 0
+    assert table.resident_high.tolist() == (table.end - table.start).tolist()

@@ -21,6 +21,7 @@ from coreheap.kernels.reference.dominators import (
     count_by_verdict,
     find_dominators,
 )
+from coreheap.kernels.reference.free_runs import find_free_runs
 from coreheap.kernels.reference.lists import overlay_free_lists
 from coreheap.kernels.reference.pointers import collect_edges, find_root_references, mark_reachable_directly
 from coreheap.kernels.reference.references import find_leaders, mark_reachable, reverse_edges, shortest_path
@@ -39,6 +40,7 @@ __all__ = [
     "find_chunk_runs",
     "find_chunks",
     "find_dominators",
+    "find_free_runs",
     "find_leaders",
     "find_mmapped_chunks",
     "find_root_references",

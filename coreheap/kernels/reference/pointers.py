@@ -99,14 +99,20 @@ def _chunks_in_use(index: ChunkIndex) -> Iterator[tuple[int, int, int]]:
             yield index.region_chunks + row, header + 2 * word, end
 
 
-def collect_edges(index: ChunkIndex, memory: MemoryMap, address_mask: int, wide: bool = False) -> Edges:
+def collect_edges(
+    index: ChunkIndex, memory: MemoryMap, address_mask: int, wide: bool = False, second_from: int | None = None
+) -> Edges:
     """All references from chunks in use to chunks, in one pass over their words.
 
     ``address_mask`` takes tags off a word before it is compared (aarch64). What a word of a chunk says about that chunk
     itself is left out. ``first`` is uint64 where ``wide`` is asked for, or where 32 bits cannot count the references.
-    Raises OverflowError for more than 2**31 - 1 chunks.
+    The compiled kernel reads large heaps with two threads; ``second_from`` is the chunk with which the second one begins,
+    if not that in the middle, and changes nothing in the result. Raises OverflowError for more than 2**31 - 1 chunks,
+    IndexError for a second thread from a chunk that there is not.
     """
     pointers, words = _Pointers(index, address_mask), _Words(memory, index.geometry.word_bytes)
+    if second_from is not None and not 0 <= second_from <= index.chunk_count:
+        raise IndexError(f"there is no chunk {second_from} to begin with")
     targets: list[int] = []
     counts = np.zeros(index.chunk_count + 1, np.uint64)
     for chunk, start, end in _chunks_in_use(index):

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import coreheap
-from coreheap.accounting import build_ledger
 from coreheap.checks import Case
 from tests.unit.allocators.built_process import BuiltProcess
 
@@ -24,6 +23,6 @@ def case_of(tmp_path: Path) -> Iterator[CaseOf]:
         def make(process: BuiltProcess, left_out: Collection[int] = (), *, sysroot: Path | None = None) -> Case:
             core = stack.enter_context(coreheap.open(process.write(tmp_path, left_out), sysroot=sysroot))
             report = coreheap.analyze(core)
-            return Case(core, report.heap, build_ledger(core, report.heap), report.gaps)
+            return Case(core, report.heap, report.ledger, report.gaps, mappings=report.mappings)
 
         yield make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -19,9 +20,9 @@ PROCESS = build_process(release("2.36"))
 TABLE = chunk_view(0x7F3A14010010, 32_776)
 
 
-def point(children: int = 60_000, held: int = 59 * MIB, **changes: object) -> Accumulation:
+def point(children: int = 60_000, held: int = 59 * MIB, **changes: Any) -> Accumulation:
     made = Accumulation(TABLE, 60 * MIB, children, 56, held, (0x7F3A140008D0, 0x7F3A140009D0))
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(made, **changes)
 
 
 def retained(*points: Accumulation, reachable: int = 100 * MIB) -> RetainedReport:

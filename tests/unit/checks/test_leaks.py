@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from coreheap.checks import Case
 from coreheap.checks.leaks import findings
 from coreheap.evidence import Confidence, Gap
+from coreheap.heap import UnattributedRange
 from coreheap.leaks import LeakGroup, LeakReport, Verdict, VerdictTotal
+from coreheap.quantities import AddressRange
 from coreheap.report import Finding, Severity
 from tests.unit.allocators.built_process import build_process, release
 from tests.unit.checks.cases import arena_of, with_arenas, without_heap
@@ -106,11 +109,14 @@ def test_what_is_doubtful_takes_away_strength(case_of: CaseOf) -> None:
     assert case.heap is not None
     report = leaks(group())
 
-    def confidence(**changes: object) -> Confidence:
+    def confidence(**changes: Any) -> Confidence:
         assert case.heap is not None
-        heap = dataclasses.replace(case.heap, **changes)  # type: ignore[arg-type]
+        heap = dataclasses.replace(case.heap, **changes)
         finding = found(dataclasses.replace(case, heap=heap), report)["LEAK"]
-        assert any(fact.speaks_against for fact in finding.evidence)
+        against = [fact.statement for fact in finding.evidence if fact.speaks_against]
+        assert against
+        # Each is said with what follows from it.
+        assert all(any(text.startswith(f"{fact}: ") for text in finding.weakened_by) for fact in against)
         return finding.confidence
 
     partial = arena_of(1, coverage=0.9, in_use=MIB)
@@ -121,10 +127,26 @@ def test_what_is_doubtful_takes_away_strength(case_of: CaseOf) -> None:
     assert confidence(anomaly_count=1) is Confidence.PLAUSIBLE
     assert confidence(identity=identity) is Confidence.PLAUSIBLE
     assert confidence(gaps=(Gap("tcache_not_found", "cached blocks may count as in use"),)) is Confidence.PLAUSIBLE
+    holes = (UnattributedRange(AddressRange(0x1000, 0x1000 + MIB // 16), "unproven"),)
+    little = dataclasses.replace(arena_of(1, in_use=MIB), unattributed=holes)
+    assert confidence(arenas=(little,)) is Confidence.PLAUSIBLE
+    # More than a tenth of the heap: two steps.
+    much = dataclasses.replace(little, unattributed=holes * 2)
+    assert confidence(arenas=(much,)) is Confidence.WEAK
     assert confidence(arenas=(locked,), anomaly_count=1) is Confidence.WEAK
     assert confidence(arenas=(partial, locked), anomaly_count=1, identity=identity) is Confidence.WEAK
     threads = dataclasses.replace(case, gaps=(Gap("threads_missing", "one thread has no note"),))
     assert found(threads, report)["LEAK"].confidence is Confidence.PLAUSIBLE
+    overlapping = dataclasses.replace(case, gaps=(Gap("segments_overlap", "2 segments overlap an earlier one"),))
+    assert found(overlapping, report)["LEAK"].confidence is Confidence.PLAUSIBLE
+    harmless = dataclasses.replace(case, gaps=(Gap("process_note_missing", "the process's name is unknown"),))
+    assert found(harmless, report)["LEAK"].confidence is Confidence.STRONG
+
+
+def test_memory_between_that_is_not_mallocs_is_no_doubt(case_of: CaseOf) -> None:
+    foreign = (UnattributedRange(AddressRange(0x1000, 0x1000 + MIB), "foreign_sbrk"),)
+    case = with_arenas(sound(case_of(PROCESS)), dataclasses.replace(arena_of(1, in_use=MIB), unattributed=foreign))
+    assert found(case, leaks(group()))["LEAK"].confidence is Confidence.STRONG
 
 
 def test_a_weak_leak_is_no_warning(case_of: CaseOf) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Answer:
     return prepare
 
 
-def rows(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, object]]:
+def rows(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
     assert main([*words, "--json", "-q"]) == 0
     made = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for row in made:
@@ -136,7 +137,7 @@ def test_each_address_gets_an_answer(answer: Answer, capsys: pytest.CaptureFixtu
     ]
     asked.clear()
     owned = rows(capsys, "owners", "core", "7f3a140008d8", "16")
-    assert [len(row["owners"]) for row in owned] == [2, 0]  # type: ignore[arg-type]
+    assert [len(row["owners"]) for row in owned] == [2, 0]
     assert [entry for entry in asked if "owners" in entry] == [
         {"owners": 0x7F3A140008D8, "depth": 3, "limit": 10},
         {"owners": 16, "depth": 3, "limit": 10},

@@ -49,7 +49,7 @@ def test_the_report_validates_and_its_sums_come_out(core: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("core", CORES, ids=lambda core: core.name)
-@pytest.mark.parametrize("command", ["arenas", "heaps", "chunks", "bins", "threads"])
+@pytest.mark.parametrize("command", ["arenas", "heaps", "chunks", "bins", "threads", "maps"])
 def test_tables_validate_and_csv_says_the_same(core: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     made = rows(capsys, command, core)
     assert made

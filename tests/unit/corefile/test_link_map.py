@@ -89,8 +89,8 @@ class Process:
         builder.add_segment(PRIVATE, b"".join(self.entry(number) for number in range(len(self.objects))))
         return builder
 
-    def opened(self, folder: Path, **options: Path) -> Core:
-        return open_core(self.builder().write(folder / "core"), **options)  # type: ignore[arg-type]
+    def opened(self, folder: Path, *, sysroot: Path | None = None, executable: Path | None = None) -> Core:
+        return open_core(self.builder().write(folder / "core"), sysroot=sysroot, executable=executable)
 
 
 def three() -> tuple[Linked, Linked, Linked]:

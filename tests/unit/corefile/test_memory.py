@@ -14,6 +14,7 @@ from coreheap.corefile.elf import ProgramHeaders
 from coreheap.corefile.mapped_files import NO_MAPPED_FILES
 from coreheap.corefile.regions import regions_of
 from coreheap.errors import MemoryFault
+from tests.conftest import skip_unless_ci
 from tests.core_builder import CoreBuilder
 
 PAGE = 4096
@@ -303,7 +304,7 @@ class TestHoles:
         builder = CoreBuilder().add_segment(0x100000, self.content()).add_segment(0x200000, b"c" * PAGE)
         path = builder.add_thread().write(tmp_path / "core", sparse=sparse)
         if sparse and path.stat().st_blocks * 512 >= path.stat().st_size:
-            pytest.skip("no holes on this file system; to run this test: set TMPDIR to ext4, xfs, btrfs or tmpfs")
+            skip_unless_ci("no holes on this file system; to run this test: set TMPDIR to ext4, xfs, btrfs or tmpfs")
         return open_core(path)
 
     def test_holes_are_pages_that_were_never_populated(self, tmp_path: Path) -> None:
@@ -329,6 +330,6 @@ class TestHoles:
     def test_a_core_without_holes_tells_nothing(self, tmp_path: Path) -> None:
         memory = self.core(tmp_path, sparse=False).memory
         if memory.holes_known:
-            pytest.skip("this file system makes holes by itself; to run this test: set TMPDIR to another one")
+            skip_unless_ci("this file system makes holes by itself; to run this test: set TMPDIR to another one")
         assert memory.populated_extents(0x100000, 0x108000) == [(0x100000, 0x108000)]
         assert memory.populated_bytes(0x100000, 0x108000) == 8 * PAGE

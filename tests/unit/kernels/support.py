@@ -117,7 +117,8 @@ class Walked:
     @property
     def state_list(self) -> list[int]:
         assert np.all(self.states[self.outcome.chunk_count :] == 255)
-        return self.states[: self.outcome.chunk_count].tolist()  # type: ignore[no-any-return]
+        states: list[int] = self.states[: self.outcome.chunk_count].tolist()
+        return states
 
     @property
     def anomalies(self) -> list[tuple[int, int]]:

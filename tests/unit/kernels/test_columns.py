@@ -7,6 +7,7 @@ import itertools
 import random
 from collections import defaultdict
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,12 +186,12 @@ def test_an_empty_index_answers(kernels: ModuleType) -> None:
     assert int(kernels.state_totals(index, MMAPPED)[0].sum()) == 0
 
 
-def index_parts(**changes: object) -> ChunkIndex:
+def index_parts(**changes: Any) -> ChunkIndex:
     """Two regions of 1024 bytes with one chunk each, changed."""
     lookup = np.zeros((2, 2), np.uint64)
     lookup[:, 0] = 1
     lookup[1, 1] = 1
-    parts: dict[str, object] = {
+    parts: dict[str, Any] = {
         "geometry": ChunkGeometry(8, 16, 32, 0),
         "region_start": np.array([0x1000, 0x2000], np.uint64),
         "region_end": np.array([0x1400, 0x2400], np.uint64),
@@ -200,7 +201,7 @@ def index_parts(**changes: object) -> ChunkIndex:
         "mmapped": no_mmapped_chunks(),
         **changes,
     }
-    return ChunkIndex(**parts)  # type: ignore[arg-type]
+    return ChunkIndex(**parts)
 
 
 def table(*rows: tuple[int, int, int, int]) -> MmappedChunks:

@@ -340,6 +340,7 @@ def test_arguments_that_contradict_each_other(kernels: ModuleType) -> None:
     with pytest.raises(ValueError, match="differ in length"):
         overlay(kernels, scene.heap, index, [row], ListKind.SINGLY_PAYLOAD, expected=[1, 2])
     with pytest.raises(ValueError, match="3"):
+        # No member of ListKind: that is what is tested.
         overlay(kernels, scene.heap, index, [row], 3)  # type: ignore[arg-type]
     empty = overlay(kernels, scene.heap, index, [], ListKind.DOUBLY)
     assert len(empty.count) == 0

@@ -406,6 +406,11 @@ def test_random_heaps(compiled: ModuleType, machine: Machine, seed: int, mask: i
     truth = Truth(heap, index, memory, mask)
     assert rows_of(same(compiled, "collect_edges", index, memory, mask)) == truth.edges()
     assert rows_of(same(compiled, "collect_edges", index, memory, mask, True)) == truth.edges()
+    # Wherever a second thread begins, the mmapped chunks included
+    for second_from in {0, 1, rng.randrange(index.chunk_count), index.region_chunks, index.chunk_count - 1}:
+        for wide in (False, True):
+            edges = compiled.collect_edges(index, memory, mask, wide, second_from)
+            assert rows_of(edges) == truth.edges(), second_from
     check_roots(compiled, index, memory, truth, rng)
 
 

@@ -229,7 +229,8 @@ def test_shortest_paths(kernels: ModuleType, wide: bool) -> None:
     def path(chunk: int, goals: list[int], interior: bool = True) -> list[int]:
         found = kernels.shortest_path(referrers, chunk, bits_of(goals, 7), interior)
         assert found.dtype == np.int64
-        return found.tolist()  # type: ignore[no-any-return]
+        chunks: list[int] = found.tolist()
+        return chunks
 
     assert path(5, [5, 0]) == [5]
     assert path(5, [0]) == [0, 1, 4, 5]
@@ -500,6 +501,7 @@ def test_wrong_arguments(kernels: ModuleType) -> None:
 
 def test_wrong_types(compiled: ModuleType) -> None:
     edges, bits = edges_of([[1], []]), bits_of([], 2)
+    # The wrong type is what is tested.
     signed = Edges(edges.first.astype(np.int64), edges.target)  # type: ignore[arg-type]
     strided = Edges(np.zeros(6, np.uint32)[::2], edges.target)
     for broken in (signed, strided, Edges(edges.first, edges.target.astype(np.uint64))):

@@ -10,7 +10,8 @@ import pytest
 
 import coreheap
 from coreheap.leaks import RootKind
-from coreheap.references.roots import RootRanges, find_roots
+from coreheap.references.ranges import RootRanges
+from coreheap.references.roots import find_roots
 from tests.core_builder import CoreBuilder
 
 PAGE = 4096
@@ -57,7 +58,7 @@ class Memory:
         for thread, stack_pointer in running.items():
             builder.add_thread(101 + thread, stack_pointer=stack_pointer, thread_pointer=self.pointer(thread))
         with coreheap.open(builder.write(path / "core")) as core:
-            return find_roots(core, NOTHING, NOTHING, []).ranges
+            return find_roots(core, (NOTHING, NOTHING), (NOTHING, NOTHING)).ranges
 
 
 @pytest.fixture(params=["x86_64", "i386", "aarch64"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 from jsonschema import Draft202012Validator
 
@@ -19,7 +20,7 @@ from tests.unit import report_samples
 OTHER_MAIN = 0x7F3A40001C80
 
 
-def copy_of_malloc(number: int, **changes: object) -> MallocCopy:
+def copy_of_malloc(number: int, **changes: Any) -> MallocCopy:
     made = MallocCopy(
         number=number,
         main_arena=OTHER_MAIN,
@@ -30,7 +31,7 @@ def copy_of_malloc(number: int, **changes: object) -> MallocCopy:
         evidence=(Evidence("next pointers close a ring", "arena ring", Strength.SOLID, OTHER_MAIN),),
         confidence=Confidence.STRONG,
     )
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(made, **changes)
 
 
 def report_with_two_copies() -> Report:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -37,6 +38,11 @@ CONTRACT_KEYS = [
 ]
 
 
+def written(report: Report) -> dict[str, Any]:
+    """The document as its readers take it: untyped."""
+    return dict(json_document(report))
+
+
 @pytest.mark.parametrize("name", SchemaName)
 def test_shipped_schemas_are_schemas(name: SchemaName) -> None:
     Draft202012Validator.check_schema(json.loads(schema_text(name)))
@@ -53,7 +59,7 @@ def test_every_document_validates(report: Report) -> None:
 def test_the_schema_names_every_key_that_is_written(report: Report) -> None:
     schema = json.loads(schema_text(SchemaName.REPORT))
 
-    def closed(node: object) -> object:
+    def closed(node: Any) -> Any:
         if isinstance(node, list):
             return [closed(item) for item in node]
         if not isinstance(node, dict):
@@ -65,11 +71,11 @@ def test_the_schema_names_every_key_that_is_written(report: Report) -> None:
 
     strict = closed(schema)
     # A state's totals appear alone, and with "binned" beside them.
-    strict["$defs"]["states"].pop("unevaluatedProperties")  # type: ignore[index]
-    states = strict["$defs"]["arena"]["properties"]["states"]  # type: ignore[index]
+    strict["$defs"]["states"].pop("unevaluatedProperties")
+    states = strict["$defs"]["arena"]["properties"]["states"]
     states["allOf"][1].pop("unevaluatedProperties")
     states["unevaluatedProperties"] = False
-    Draft202012Validator(strict).validate(json.loads(json_text(report)))  # type: ignore[arg-type]
+    Draft202012Validator(strict).validate(json.loads(json_text(report)))
 
 
 @pytest.mark.parametrize("name", ["report", "heapless"])
@@ -102,8 +108,7 @@ def test_addresses_are_hex_and_bytes_are_integers(report: Report) -> None:
 
 def test_totals_are_those_of_the_report() -> None:
     report = REPORTS["report"]
-    totals = json_document(report)["totals"]
-    assert isinstance(totals, dict)
+    totals = written(report)["totals"]
     assert report.heap is not None
     for state in ChunkState:
         total = report.totals[state]
@@ -113,19 +118,19 @@ def test_totals_are_those_of_the_report() -> None:
             "usable_bytes": total.usable_bytes,
         }
     binned = [totals[name] for name in ("unsorted_bin", "small_bin", "large_bin")]
-    assert totals["binned"] == {key: sum(part[key] for part in binned) for key in binned[0]}  # type: ignore
+    assert totals["binned"] == {key: sum(part[key] for part in binned) for key in binned[0]}
     assert totals["system_mem"] == sum(arena.system_mem or 0 for arena in report.heap.arenas)
 
 
 def test_unknown_is_null_never_zero() -> None:
-    heapless = json_document(REPORTS["heapless"])
+    heapless = written(REPORTS["heapless"])
     assert heapless["allocator"] is None
-    assert set(heapless["totals"].values()) == {None}  # type: ignore[union-attr]
-    damaged = json_document(REPORTS["damaged"])
-    assert damaged["totals"]["system_mem"] is None  # type: ignore[index,call-overload]
-    assert damaged["arenas"][0]["top_bytes"] is None  # type: ignore[index,call-overload]
-    assert damaged["phases"][0]["cpu_seconds"] is None  # type: ignore[index,call-overload]
-    assert damaged["findings"][0]["quantities"]["nan"] is None  # type: ignore[index,call-overload]
+    assert set(heapless["totals"].values()) == {None}
+    damaged = written(REPORTS["damaged"])
+    assert damaged["totals"]["system_mem"] is None
+    assert damaged["arenas"][0]["top_bytes"] is None
+    assert damaged["phases"][0]["cpu_seconds"] is None
+    assert damaged["findings"][0]["quantities"]["nan"] is None
 
 
 def test_a_ledger_node_is_the_sum_of_its_children() -> None:
@@ -137,7 +142,7 @@ def test_a_ledger_node_is_the_sum_of_its_children() -> None:
         for child in children:
             check(child)
 
-    check(json_document(REPORTS["report"])["ledger"])  # type: ignore[arg-type]
+    check(written(REPORTS["report"])["ledger"])
 
 
 def test_hostile_text_stays_inside_its_string() -> None:

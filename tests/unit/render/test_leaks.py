@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -36,8 +37,8 @@ RETAINED_TABLES = {
 NOWHERE = Explanation(0x10, "not mapped", "", is_saved=False)
 
 
-def validate(definition: str, line: str) -> dict[str, object]:
-    row: dict[str, object] = json.loads(line)
+def validate(definition: str, line: str) -> dict[str, Any]:
+    row: dict[str, Any] = json.loads(line)
     Draft202012Validator(SCHEMA).validate(row)
     Draft202012Validator({**SCHEMA, "anyOf": [{"$ref": f"#/$defs/{definition}"}]}).validate(row)
     assert set(row) == set(SCHEMA["$defs"][definition]["properties"])
@@ -84,7 +85,7 @@ def test_explanations_and_owners_validate(told: Explanation) -> None:
     row = validate("explanation", line)
     assert row["address"] == hex(told.address)
     assert (row["chunk"] is None) == (told.chunk is None)
-    assert len(row["path"]) == len(told.path)  # type: ignore[arg-type]
+    assert len(row["path"]) == len(told.path)
     validate("owners", owners_line(told, owner_nodes() if told.chunk else ()))
 
 

@@ -1,0 +1,109 @@
+"""The stacks of threads, their guards and their thread-local storage, as claims.
+
+Knows: what ``corefile.stacks`` says of the threads that run, and where glibc keeps the stacks of those that have ended. Does not
+know: a JVM's own zones in the stacks of its threads, or signal stacks that no handler runs on (nothing in a core tells those).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from coreheap.accounting.claims import NOBODY, Claims
+from coreheap.corefile import Core
+from coreheap.corefile.kinds import EXECUTE, READ, WRITE
+from coreheap.corefile.regions import left_of, without_overlap
+from coreheap.corefile.stacks import Stack, Stacks, StackSource, find_stacks
+from coreheap.corefile.thread_stacks import ended_stacks
+from coreheap.corefile.thread_storage import thread_storage
+from coreheap.mappings import MappingKind
+from coreheap.quantities import MIB
+
+LARGEST_STACK_BYTES = 64 * MIB
+"""A mapping of which no more is known than that a thread runs in it is taken for a stack as a whole up to this size."""
+
+Ranges = list[tuple[int, int, int]]
+"""Start, end and thread of each."""
+
+
+def stack_claims(core: Core, claims: Claims, stacks: Stacks | None = None) -> None:
+    """Claim all stacks, guards and TLS that earlier claims (the heap's) leave. ``stacks`` saves finding them again."""
+    stacks = stacks or find_stacks(core)
+    own = stacks.by_thread.values()
+    _claim(claims, MappingKind.STACK_GUARD, _guards(own))
+    _claim(claims, MappingKind.TLS, _thread_local_storage(core, stacks))
+    signal_stacks = [(*stack.signal_stack, stack.thread) for stack in own if stack.signal_stack is not None]
+    _claim(claims, MappingKind.SIGNAL_STACK, signal_stacks)
+    of_threads = [stack for stack in own if stack.source is not StackSource.INITIAL_STACK]
+    _claim(claims, MappingKind.THREAD_STACK, [(stack.start, stack.end, stack.thread) for stack in of_threads])
+    if stacks.initial is not None:
+        owner = next((stack.thread for stack in own if stack.source is StackSource.INITIAL_STACK), NOBODY)
+        _claim(claims, MappingKind.MAIN_STACK, [(*stacks.initial, owner)])
+    _claim(claims, MappingKind.THREAD_STACK, _by_stack_pointer(core, stacks))
+    _claim_ended(core, claims, stacks)
+
+
+def _claim(claims: Claims, kind: MappingKind, ranges: Sequence[tuple[int, int, int]]) -> None:
+    start, end, thread = zip(*ranges, strict=True) if ranges else ((), (), ())
+    claims.add(kind, start, end, thread=thread)
+
+
+def _guards(stacks: Iterable[Stack]) -> Ranges:
+    return [(stack.start - stack.guard_bytes, stack.start, stack.thread) for stack in stacks if stack.guard_bytes]
+
+
+def _thread_local_storage(core: Core, stacks: Stacks) -> Ranges:
+    """Static TLS and descriptor of each thread: all above it in a block that glibc made."""
+    found: Ranges = []
+    for thread in core.threads:
+        storage = thread_storage(core, thread.index)
+        stack = stacks.descriptors.get(thread.index)
+        if storage is not None and stack is not None and stack.start <= storage.start < stack.end:
+            found.append((storage.start, stack.end, thread.index))
+        elif storage is not None:
+            found.append((storage.start, storage.end, thread.index))
+        elif stack is not None:
+            # No thread pointer in the core. From this field on all is descriptor or TLS; what is before counts as stack.
+            found.append((stack.stackblock_at, stack.end, thread.index))
+    return found
+
+
+def _by_stack_pointer(core: Core, stacks: Stacks) -> Ranges:
+    """Mappings in which threads run, and of which no more is known: coroutines, stacks side by side without descriptors."""
+    memory = core.memory
+    threads_of: dict[int, list[int]] = {}
+    for thread in core.threads:
+        if thread.index not in stacks.by_thread or thread.index in stacks.elsewhere:
+            region = memory.region_index(thread.stack_pointer)
+            if region is not None and int(memory.region_file_index[region]) < 0:
+                threads_of.setdefault(region, []).append(thread.index)
+    found: Ranges = []
+    for region, threads in threads_of.items():
+        start, end = int(memory.region_start[region]), int(memory.region_end[region])
+        if end - start <= LARGEST_STACK_BYTES * len(threads):
+            found.append((start, end, threads[0] if len(threads) == 1 else NOBODY))
+    return found
+
+
+def _claim_ended(core: Core, claims: Claims, stacks: Stacks) -> None:
+    """Stacks that glibc keeps of threads that have ended, in writable memory that nobody has claimed."""
+    if not stacks.descriptors:
+        return
+    memory = core.memory
+    is_candidate = (memory.region_flags & (READ | WRITE | EXECUTE) == READ | WRITE) & (memory.region_file_index < 0)
+    claimed = claims.columns()
+    start, end, _ = left_of(
+        memory.region_start[is_candidate],
+        memory.region_end[is_candidate],
+        *without_overlap(claimed.start, claimed.end),
+    )
+    if not len(start):
+        return
+    # A block of glibc's may lie in several mappings that touch.
+    goes_on = start[1:] == end[:-1]
+    start, end = start[np.concatenate(([True], ~goes_on))], end[np.concatenate((~goes_on, [True]))]
+    ended = list(ended_stacks(core, stacks.descriptors.values(), start, end))
+    guards = [(stack.start, stack.start + stack.guard_bytes, NOBODY) for stack in ended]
+    _claim(claims, MappingKind.STACK_GUARD, guards)
+    _claim(claims, MappingKind.ENDED_STACK, [(stack.start, stack.end, NOBODY) for stack in ended])

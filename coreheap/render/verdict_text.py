@@ -1,0 +1,97 @@
+"""The verdict as one paragraph: the answer that a reader takes away, from a report's own numbers.
+
+Knows: which sentence leads, and which follow from which part of the report. Does not know: terminals. A part that is not
+known here is named by its topic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from coreheap.evidence import Confidence
+from coreheap.quantities import format_bytes, format_share
+from coreheap.render.escaping import shortened
+from coreheap.render.wording import LONGEST_TEXT, humanized
+from coreheap.report import Finding, Report, Severity, VerdictItem
+
+LEADS = {
+    "in_use": "are live chunks: the program asked for them and has not freed them",
+    "retained_free": "are free inside malloc: not a leak, but memory that was freed and not given back",
+    "arena_bloat": "are free in arenas beside the main one: not a leak, but many arenas that each keep what they freed",
+    "mmapped_chunks": "are large live blocks, each in a mapping of its own",
+    "thread_stacks": "are thread stacks, not malloc's",
+    "module_data": "are variables of the program and its libraries, not malloc's",
+    "java": "are the Java virtual machine's own, not malloc's",
+    "other_allocator": "belong to another allocator: glibc's numbers are not the whole",
+    "not_malloc": "are anonymous memory that is not malloc's and that nothing in the core explains",
+    "unknown": "are not known: missing from the core, or damaged",
+}
+"""What is said of the part that took the most memory."""
+WORTH_A_WORD = 0.05
+"""Share of all from which a part that does not lead is named: live bytes, or what a trim gives back."""
+
+
+def verdict_paragraph(report: Report) -> str:
+    """The answer in a few sentences; empty where the report has no verdict."""
+    items = [item for item in report.verdict if item.whole == "writable_private"]
+    return " ".join((*_memory(items), *_leaks(report), *_remedies(report, items))) if items else ""
+
+
+def _memory(items: list[VerdictItem]) -> Iterator[str]:
+    first = items[0]
+    known = [(item.resident_low, item.resident_high) for item in items]
+    lows = [low for low, _ in known if low is not None]
+    highs = [high for _, high in known if high is not None]
+    if len(lows) == len(highs) == len(items):
+        low, high = sum(lows), sum(highs)
+        # The parts of one arena have bounds that exclude each other: all of it is no more than the sum of both.
+        of_which = f", of which {span_text(low, high)} were in memory or swapped out" if high else ""
+        yield f"The program could write {format_bytes(first.of_bytes)}{of_which}."
+    else:
+        yield f"The program could write {format_bytes(first.of_bytes)}; how much of it was in memory is not known."
+    lead = LEADS.get(first.topic, f"are {humanized(first.topic)}")
+    amount = format_bytes(first.bytes)
+    if first.resident_low is not None and first.resident_high is not None:
+        resident = span_text(first.resident_low, first.resident_high)
+        amount += f" ({resident} in memory)" if resident != amount else ""
+    sure = {Confidence.CERTAIN: "", Confidence.STRONG: "", Confidence.PLAUSIBLE: "Probably, "}.get(
+        first.confidence, "Perhaps, "
+    )
+    yield f"{sure}{amount}, {format_share(first.bytes, first.of_bytes)} of it, {lead}."
+    live = next((item for item in items if item.topic == "in_use"), None)
+    if live is not None and live is not first and live.bytes >= WORTH_A_WORD * live.of_bytes:
+        yield f"Live chunks hold {format_bytes(live.bytes)}."
+
+
+def span_text(low: int, high: int) -> str:
+    """Bytes that are known exactly, or by their bounds, where these do not read the same."""
+    least, most = format_bytes(low), format_bytes(high)
+    if least == most:
+        return least
+    return f"at most {most}" if not low else f"{least} to {most}"
+
+
+def _leaks(report: Report) -> Iterator[str]:
+    lost = next((item for item in report.verdict if item.topic == "lost"), None)
+    possibly = next((item for item in report.verdict if item.topic == "possibly_lost"), None)
+    if lost is not None:
+        yield f"{format_bytes(lost.bytes)} of live chunks are leaked ({lost.confidence.value})."
+    if possibly is not None:
+        yield f"{format_bytes(possibly.bytes)} may be leaked ({possibly.confidence.value})."
+    if lost is None and possibly is None and report.leaks is not None and report.leaks.total().count:
+        yield "No leak that matters was found among glibc's live chunks."
+
+
+def _remedies(report: Report, items: list[VerdictItem]) -> Iterator[str]:
+    free = report.free_memory
+    if free is not None and free.trim.resident_high >= WORTH_A_WORD * items[0].of_bytes:
+        saved = span_text(free.trim.resident_low, free.trim.resident_high)
+        yield f"malloc_trim(0) would give back {saved}."
+    named = [finding for finding in report.findings if finding.severity is not Severity.INFO]
+    if named:
+        yield f"See {_codes(named)} below."
+
+
+def _codes(findings: list[Finding]) -> str:
+    codes = list(dict.fromkeys(shortened(finding.code, LONGEST_TEXT) for finding in findings))
+    return codes[0] if len(codes) == 1 else f"{', '.join(codes[:-1])} and {codes[-1]}"

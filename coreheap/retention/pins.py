@@ -1,0 +1,177 @@
+"""The live chunks that keep free memory from going back: pins.
+
+Knows: that a heap shrinks from its end only, so that whatever is live above free memory keeps it. Does not know: why it is live.
+
+A pin is all that lies between two runs of free memory that hold whole pages. All of it is arithmetic on the columns of runs; single
+chunks are looked at for the few pins that are reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from coreheap.free_memory import Pin, PinChain
+from coreheap.heap import ChunkState, ChunkTable, HeapSnapshot
+from coreheap.kernels import chunk_extents
+from coreheap.leaks import Verdict
+from coreheap.retention.runs import RegionRuns
+
+Int64s = npt.NDArray[np.int64]
+
+PINS_OF_A_HEAP = 5
+PINS_IN_ALL = 20
+
+MOST = 0.75
+"""Share of the free memory below live chunks that freeing a PinChain would join to the end."""
+
+SMALL_SHARE = 16
+"""Free bytes for each live byte of a sub-heap from which its live chunks are pins though nothing free lies below them."""
+
+_BATCH = 1 << 20
+_LIVE = (ChunkState.IN_USE, ChunkState.ALLOCATOR_OWN, ChunkState.TCACHE)
+_MOST_FENCEPOSTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """What lies between the runs of one heap, by address; int64 columns of equal length.
+
+    ``first_chunk``, ``end_chunk``: its chunks; ``bytes``: of those that are not free; ``below``, ``above``: bytes of the runs beside it, 0 where
+    there is none; ``pages_below``: whole pages of the run below.
+    """
+
+    address: Int64s
+    first_chunk: Int64s
+    end_chunk: Int64s
+    count: Int64s
+    bytes: Int64s
+    below: Int64s
+    above: Int64s
+    pages_below: Int64s
+
+    def __len__(self) -> int:
+        return len(self.address)
+
+
+def gaps_of(table: ChunkTable, parts: Sequence[RegionRuns]) -> Gaps:
+    """The gaps of a heap's regions, without the fenceposts at a heap's end."""
+    columns = zip(*(_gaps_of_region(table, part) for part in parts), strict=True)
+    if not parts:
+        return Gaps(*(np.zeros(0, np.int64) for _ in range(8)))
+    return Gaps(*(np.concatenate(column) for column in columns))
+
+
+def _gaps_of_region(table: ChunkTable, part: RegionRuns) -> tuple[Int64s, ...]:
+    region, runs = part.region, part.runs
+    zero = np.zeros(1, np.int64)
+    start = np.concatenate(([region.range.start], runs.end.astype(np.int64)))
+    end = np.append(runs.start.astype(np.int64), region.range.end)
+    first = np.concatenate(([region.first_chunk], runs.end_chunk))
+    last = np.append(runs.first_chunk, region.first_chunk + region.chunk_count)
+    size = (runs.end - runs.start).astype(np.int64)
+    before = runs.free_bytes_before.astype(np.int64)
+    # Small free chunks inside of a gap: all free bytes below its end less those below its start.
+    free = np.append(before, runs.free_bytes) - np.concatenate((zero, before + size))
+    count_before = runs.free_count_before
+    free_count = np.append(count_before, runs.free_count) - np.concatenate(
+        (zero, count_before + runs.end_chunk - runs.first_chunk)
+    )
+    fenceposts = _fenceposts(table, int(first[-1]), int(last[-1]))
+    if len(fenceposts):
+        last[-1] = fenceposts[0]
+        _, fencepost_bytes = chunk_extents(table.index, fenceposts)
+        end[-1] -= int(fencepost_bytes.sum())
+    keep = last > first
+    columns = (
+        start,
+        first,
+        last,
+        last - first - free_count,
+        end - start - free,
+        np.concatenate((zero, size)),
+        np.append(size, zero),
+        np.concatenate((zero, part.whole_page_bytes.astype(np.int64))),
+    )
+    return tuple(column[keep] for column in columns)
+
+
+def _fenceposts(table: ChunkTable, first: int, end: int) -> Int64s:
+    """The fenceposts that the chunks [first, end) of a region end in, if they do."""
+    low = max(first, end - _MOST_FENCEPOSTS)
+    others = np.flatnonzero(table.index.state[low:end] != ChunkState.FENCEPOST)
+    return np.arange(low + (int(others[-1]) + 1 if len(others) else 0), end, dtype=np.int64)
+
+
+def pin_chain(gaps: Gaps) -> PinChain:
+    """What would have to go for most of the free memory below it to join the heap's end."""
+    gained = np.cumsum(gaps.pages_below[::-1])
+    if not len(gained) or not gained[-1]:
+        return PinChain()
+    last = int(np.searchsorted(gained, MOST * gained[-1]))
+    return PinChain(
+        free_below_bytes=int(gained[-1]),
+        gained_bytes=int(gained[last]),
+        chunk_count=int(gaps.count[::-1][: last + 1].sum()),
+        chunk_bytes=int(gaps.bytes[::-1][: last + 1].sum()),
+    )
+
+
+def largest_pins(arena: int, sub_heap: int | None, gaps: Gaps) -> Iterator[tuple[Pin, int]]:
+    """The pins of a heap that most whole free pages end at, and its highest one; with the end of each one's chunks."""
+    if not len(gaps) or not (gaps.pages_below.any() or gaps.above.any()):
+        return
+    highest = len(gaps) - 1
+    order = np.argsort(-gaps.pages_below, kind="stable")[:PINS_OF_A_HEAP].tolist()
+    rows = [row for row in order if gaps.pages_below[row]]
+    # All that is live in a sub-heap, if it is little, keeps what is free above it as well.
+    is_alone = sub_heap is not None and not rows and gaps.bytes.sum() * SMALL_SHARE <= gaps.above[highest]
+    if rows or is_alone:
+        rows.append(highest)
+    for row in dict.fromkeys(rows):
+        yield (
+            Pin(
+                arena=arena,
+                sub_heap=sub_heap,
+                header_address=int(gaps.address[row]),
+                first_chunk=int(gaps.first_chunk[row]),
+                live_count=int(gaps.count[row]),
+                live_bytes=int(gaps.bytes[row]),
+                cached_count=0,
+                free_below_bytes=int(gaps.below[row]),
+                free_above_bytes=int(gaps.above[row]),
+                pages_below_bytes=int(gaps.pages_below[row]),
+                is_highest=row == highest,
+            ),
+            int(gaps.end_chunk[row]),
+        )
+
+
+def reported_pins(heap: HeapSnapshot, candidates: Iterable[tuple[Pin, int]]) -> tuple[Pin, ...]:
+    """The most important pins of all heaps, looked at closely; those that most free memory ends at first."""
+    ranked = sorted(
+        candidates, key=lambda pin: (-pin[0].pages_below_bytes, -pin[0].free_above_bytes, pin[0].header_address)
+    )
+    return tuple(_in_full(heap.chunks, pin, end_chunk) for pin, end_chunk in ranked[:PINS_IN_ALL])
+
+
+def _in_full(table: ChunkTable, pin: Pin, end_chunk: int) -> Pin:
+    """The pin with what its chunks' states and verdicts say; a byte a chunk is read."""
+    counts = np.zeros(len(ChunkState), np.int64)
+    first_in_use: int | None = None
+    for start in range(pin.first_chunk, end_chunk, _BATCH):
+        states = table.index.state[start : min(start + _BATCH, end_chunk)]
+        counts += np.bincount(states, minlength=len(ChunkState))[: len(ChunkState)]
+        if first_in_use is None and counts[ChunkState.IN_USE]:
+            first_in_use = start + int(np.argmax(states == ChunkState.IN_USE))
+    verdict = table.verdict
+    return replace(
+        pin,
+        first_chunk=pin.first_chunk if first_in_use is None else first_in_use,
+        live_count=int(sum(counts[state] for state in _LIVE)),
+        cached_count=int(counts[ChunkState.TCACHE]),
+        verdict=None if verdict is None or first_in_use is None else Verdict(int(verdict[first_in_use])),
+    )

@@ -1,0 +1,124 @@
+"""The free memory of a process, heap by heap: ``survey_free_memory``.
+
+Knows: in which order runs, trim and pins are asked, and how their numbers belong together. Does not know: how runs are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from coreheap.corefile import Core
+from coreheap.free_memory import ArenaFreeMemory, FreeMemoryReport, HeapFreeMemory, Pin, TopStays
+from coreheap.heap import Arena, ChunkState, HeapSnapshot, StateTotals, SubHeap, sum_of_totals
+from coreheap.mappings import ResidencyBasis
+from coreheap.retention.arena_max import arena_max_estimates
+from coreheap.retention.pins import gaps_of, largest_pins, pin_chain, reported_pins
+from coreheap.retention.runs import RegionRuns, runs_of
+from coreheap.retention.trim import PageResidency, ends_at_break, estimate, trim_spans
+
+HolderNames = Callable[[Sequence[npt.NDArray[np.int64]]], Sequence[str | None]]
+"""For each group of chunks what holds the first of them that a root holds directly (``Namer.typical_holders``)."""
+
+
+def survey_free_memory(
+    core: Core,
+    heap: HeapSnapshot,
+    basis: ResidencyBasis = ResidencyBasis.UNKNOWN,
+    holders: HolderNames | None = None,
+) -> FreeMemoryReport:
+    """Free memory of all arenas: one pass over all chunks.
+
+    ``basis`` says what the core tells of pages that were in memory; UNKNOWN reads nothing for it. Without ``holders`` pins
+    have none.
+    """
+    residency = PageResidency(core, basis)
+    arenas: list[ArenaFreeMemory] = []
+    candidates: list[tuple[Pin, int]] = []
+    for arena in heap.arenas:
+        heaps: list[HeapFreeMemory] = []
+        for sub_heap, regions in _heaps_of(heap, arena):
+            parts = runs_of(heap, regions, core.page_bytes)
+            gaps = gaps_of(heap.chunks, parts)
+            candidates.extend(largest_pins(arena.index, sub_heap, gaps))
+            totals = sum_of_totals(part.region.totals for part in parts)
+            trim = estimate(trim_spans(core, heap, arena, parts), residency)
+            place = arena.sub_heaps[sub_heap] if sub_heap is not None else None
+            free = sum(part.runs.free_bytes for part in parts)
+            whole = sum(int(part.whole_page_bytes.sum()) for part in parts)
+            heaps.append(
+                HeapFreeMemory(
+                    arena=arena.index,
+                    sub_heap=sub_heap,
+                    address=place.address if place is not None else None,
+                    committed_bytes=_committed(arena, place, parts),
+                    live_count=_sum(totals, "count", ChunkState.IN_USE, ChunkState.ALLOCATOR_OWN),
+                    live_bytes=_sum(totals, "chunk_bytes", ChunkState.IN_USE, ChunkState.ALLOCATOR_OWN),
+                    tcache_bytes=totals[ChunkState.TCACHE].chunk_bytes,
+                    free_bytes=free,
+                    unlisted_bytes=totals[ChunkState.FREE_UNLISTED].chunk_bytes,
+                    top_bytes=totals[ChunkState.TOP].chunk_bytes,
+                    largest_free_bytes=max((part.runs.largest_bytes for part in parts), default=0),
+                    whole_page_bytes=whole,
+                    shared_page_bytes=free - whole,
+                    trim=trim,
+                    top_stays=_top_stays(core, heap, arena, parts, totals),
+                    pins=pin_chain(gaps),
+                )
+            )
+        arenas.append(ArenaFreeMemory(arena.index, tuple(heaps)))
+    pins = reported_pins(heap, candidates)
+    if holders is not None:
+        names = holders([np.array([pin.first_chunk], np.int64) for pin in pins])
+        pins = tuple(replace(pin, holder=name) for pin, name in zip(pins, names, strict=True))
+    return FreeMemoryReport(
+        page_bytes=core.page_bytes,
+        arenas=tuple(arenas),
+        pins=pins,
+        arena_max=arena_max_estimates(heap.arenas, arenas),
+        basis=basis,
+    )
+
+
+def _heaps_of(heap: HeapSnapshot, arena: Arena) -> Iterator[tuple[int | None, tuple[int, ...]]]:
+    """Each heap of an arena, by its index of sub-heaps (None: the main arena's memory), and its regions by address."""
+    if arena.is_main:
+        yield None, arena.regions
+        return
+    of_heap: dict[int, list[int]] = {number: [] for number in range(len(arena.sub_heaps))}
+    for region in arena.regions:
+        of_heap.setdefault(heap.chunks.regions[region].sub_heap, []).append(region)
+    for number in range(len(arena.sub_heaps)):
+        yield number, tuple(of_heap[number])
+
+
+def _committed(arena: Arena, place: SubHeap | None, parts: Sequence[RegionRuns]) -> int:
+    """What the heap may use: heap_info.size, or of the main arena all that is its own."""
+    if place is not None:
+        return place.committed_bytes
+    walked = sum(part.region.range.byte_count for part in parts)
+    return max((arena.system_mem or 0) - arena.foreign_bytes, walked)
+
+
+def _sum(totals: StateTotals, name: str, *states: ChunkState) -> int:
+    return sum(int(getattr(totals[state], name)) for state in states)
+
+
+def _top_stays(
+    core: Core, heap: HeapSnapshot, arena: Arena, parts: Sequence[RegionRuns], totals: StateTotals
+) -> TopStays:
+    """Why free() has left the heap's end as it is."""
+    ends = [part for part in parts if part.runs.has_top.any()]
+    if not ends:
+        is_older = not arena.is_main and bool(parts) and all(part.region.proven_to_end for part in parts)
+        return TopStays.NO_TOP if is_older else TopStays.UNKNOWN
+    if arena.is_main and ends_at_break(core, ends[-1]) is False:
+        return TopStays.NOT_AT_BREAK
+    parameters = heap.copies[arena.copy].parameters if heap.copies else heap.parameters
+    threshold = parameters.value("trim_threshold") if parameters else None
+    if threshold is None:
+        return TopStays.UNKNOWN
+    return TopStays.BELOW_THRESHOLD if totals[ChunkState.TOP].chunk_bytes < threshold else TopStays.NO_LARGE_FREE

@@ -1,0 +1,273 @@
+"""Every byte of /proc/PID/maps has a kind, and what was in memory is what /proc/PID/smaps said just before the dump."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import coreheap
+from coreheap.accounting import Claims, account_for_memory
+from coreheap.accounting.mapping_table import labelled_pieces
+from coreheap.mappings import KINDS, MappingKind, MappingTable, ResidencyBasis
+from coreheap.report import Report
+from tests.real_cores.conftest import core_or_skip
+from tests.real_cores.truth import Truth, load_truth
+
+CASES = (
+    "threads_kept",
+    "threads_kept@filter_all",
+    "threads_kept@filter_no_files",
+    "threads_kept@filter_anonymous",
+    "threads_kept@segv",
+    "threads_gone",
+    "one_arena",
+    "static_exe",
+    "static_pie",
+    "non_pie",
+    "fork_child_grows",
+    "many_sub_heaps",
+    "every_list",
+    "foreign_sbrk",
+    "mmapped",
+    "bloat",
+    "retained_small",
+    "namespaces",
+)
+KERNEL_NAMES = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]")
+HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+) *(.*)$")
+OF_ARENAS = (MappingKind.MAIN_ARENA, MappingKind.ARENA_HEAP, MappingKind.ARENA_RESERVE)
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One mapping of /proc/PID/smaps; ``resident_bytes`` are Rss and Swap."""
+
+    start: int
+    end: int
+    permissions: str
+    inode: int
+    name: str
+    resident_bytes: int
+
+    @property
+    def is_private_anonymous(self) -> bool:
+        return self.inode == 0 and self.permissions[3] == "p" and self.name not in KERNEL_NAMES
+
+
+def mappings_of(truth: Truth) -> list[Mapping]:
+    """The mappings of the process as it wrote them down when all was in place."""
+    found: list[Mapping] = []
+    resident: dict[int, int] = {}
+    for line in truth.smaps.splitlines():
+        header = HEADER.match(line)
+        if header:
+            start, end, permissions, inode, name = header.groups()
+            found.append(Mapping(int(start, 16), int(end, 16), permissions, int(inode), name, 0))
+        elif line.startswith(("Rss:", "Swap:")):
+            resident[found[-1].start] = resident.get(found[-1].start, 0) + int(line.split()[1]) * 1024
+    return [
+        Mapping(one.start, one.end, one.permissions, one.inode, one.name, resident.get(one.start, 0)) for one in found
+    ]
+
+
+def resident_bounds(core: coreheap.Core, mappings: list[Mapping]) -> tuple[ResidencyBasis, list[tuple[int, int]]]:
+    """At least and at most how many bytes of each mapping were in memory; a mapping is whole pieces when nobody claims."""
+    pieces = labelled_pieces(core, Claims())
+    first = np.searchsorted(pieces.pieces.start, np.array([one.start for one in mappings], np.uint64))
+    last = np.searchsorted(pieces.pieces.start, np.array([one.end for one in mappings], np.uint64))
+    sums = [np.concatenate(([0], np.cumsum(column))) for column in (pieces.resident_low, pieces.resident_high)]
+    low, high = ((column[last] - column[first]).astype(int).tolist() for column in sums)
+    return pieces.basis, list(zip(low, high, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_pages_that_were_in_memory_are_those_of_smaps(case: str) -> None:
+    """Page for page, for every private anonymous mapping; the dump itself adds no page to these."""
+    paths = core_or_skip(case)
+    mappings = mappings_of(load_truth(paths.truth))
+    private = [one for one in mappings if one.is_private_anonymous]
+    assert len(private) > 3
+    with coreheap.open(paths.core) as core:
+        basis, bounds = resident_bounds(core, private)
+        _, of_others = resident_bounds(core, mappings)
+    assert basis is ResidencyBasis.HOLES
+    exact = [low for low, high in bounds if low == high]
+    # Bounds are left to memory that nobody ever wrote to, which the kernel does not save.
+    unsure = [one for one, (low, high) in zip(private, bounds, strict=True) if low != high]
+    assert len(exact) + len(unsure) == len(private)
+    assert [one for one in unsure if one.resident_bytes] == []
+    told = {one.start: low for one, (low, high) in zip(private, bounds, strict=True) if low == high}
+    assert told == {one.start: one.resident_bytes for one in private if one.start in told}
+    for one, (low, high) in zip(mappings, of_others, strict=True):
+        assert low <= one.resident_bytes <= high or one.name in KERNEL_NAMES, one
+
+
+@pytest.mark.parametrize("case", ["threads_kept", "mmapped"])
+def test_after_compression_there_are_bounds(case: str, tmp_path: Path) -> None:
+    paths = core_or_skip(case)
+    private = [one for one in mappings_of(load_truth(paths.truth)) if one.is_private_anonymous]
+    packed = tmp_path / "core.gz"
+    packed.write_bytes(gzip.compress(paths.core.read_bytes(), 1))
+    with coreheap.open(paths.core) as core:
+        _, exact = resident_bounds(core, private)
+    with coreheap.open(packed) as core:
+        basis, bounds = resident_bounds(core, private)
+    assert basis is ResidencyBasis.ZERO_PAGES
+    for one, (low, high), (known, _) in zip(private, bounds, exact, strict=True):
+        assert low <= one.resident_bytes <= high, one
+        assert low <= known <= high
+    assert sum(low for low, _ in bounds) > 0
+
+
+def test_what_gdb_wrote_gives_bounds() -> None:
+    paths = core_or_skip("threads_kept@gcore")
+    private = [one for one in mappings_of(load_truth(paths.truth)) if one.is_private_anonymous]
+    with coreheap.open(paths.core) as core:
+        # The process went on to the abort between gdb's core and the dump: no page less was there when gdb looked.
+        basis, bounds = resident_bounds(core, private)
+    assert basis is ResidencyBasis.ZERO_PAGES
+    assert sum(low for low, _ in bounds) > 0
+    assert all(low <= one.resident_bytes <= high for one, (low, high) in zip(private, bounds, strict=True))
+
+
+def table_and_truth(case: str) -> tuple[MappingTable, Report, Truth]:
+    paths = core_or_skip(case)
+    with coreheap.open(paths.core) as core:
+        report = coreheap.analyze(core, coreheap.AnalysisOptions(leaks=False))
+        again = account_for_memory(core, report.heap)
+    assert report.mappings is not None
+    assert again.ledger == report.ledger
+    assert report.defects == ()
+    return report.mappings, report, load_truth(paths.truth)
+
+
+def bytes_within(table: MappingTable, one: Mapping, *kinds: MappingKind) -> int:
+    """Bytes of some kinds in a mapping."""
+    rows = np.isin(table.kind, [KINDS.index(kind) for kind in kinds])
+    low = np.maximum(table.start[rows].astype(object), one.start)
+    high = np.minimum(table.end[rows].astype(object), one.end)
+    return int(sum(max(int(b) - int(a), 0) for a, b in zip(low, high, strict=True)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sums_are_those_of_maps_to_the_byte(case: str) -> None:
+    """The kernel has a program header for every mapping, also for those that it does not save (vvar, vsyscall)."""
+    table, report, truth = table_and_truth(case)
+    mappings = mappings_of(truth)
+    whole = sum(one.end - one.start for one in mappings)
+    assert int((table.end - table.start).sum()) == report.ledger.bytes == whole
+    assert bool((table.start[1:] >= table.end[:-1]).all())
+    for number in ("committed_bytes", "saved_bytes", "resident_low", "resident_high"):
+        assert getattr(report.ledger, number) == int(getattr(table, number).sum())
+    assert report.ledger.saved_bytes == report.core.saved_bytes
+    readable = sum(one.end - one.start for one in mappings if one.permissions[:3] != "---")
+    assert report.ledger.committed_bytes == readable
+
+
+@pytest.mark.parametrize("case", ["threads_kept", "threads_gone", "static_pie", "non_pie", "bloat", "namespaces"])
+def test_kinds_are_what_the_kernel_calls_them(case: str) -> None:
+    table, report, truth = table_and_truth(case)
+    mappings = mappings_of(truth)
+    of_kernel = [one for one in mappings if one.name in KERNEL_NAMES]
+    assert table.bytes_of(MappingKind.KERNEL_PAGES) == sum(one.end - one.start for one in of_kernel)
+    (stack,) = (one for one in mappings if one.name == "[stack]")
+    assert bytes_within(table, stack, MappingKind.MAIN_STACK) == stack.end - stack.start
+    assert table.bytes_of(MappingKind.MAIN_STACK) == stack.end - stack.start
+    for one in mappings:
+        size = one.end - one.start
+        if one.name == "[heap]":
+            # What the dynamic linker took with brk before malloc began is not malloc's.
+            assert size - 0x2000 <= bytes_within(table, one, *OF_ARENAS, MappingKind.UNEXPLAINED) <= size
+            assert bytes_within(table, one, *OF_ARENAS) > 0.9 * size
+        if one.inode and one.permissions.startswith("r-x"):
+            assert bytes_within(table, one, MappingKind.MODULE_TEXT) == size, one
+            row = int(np.searchsorted(table.start, np.uint64(one.start), side="right")) - 1
+            assert table.names[int(table.name[row])] == one.name
+        if one.inode and one.permissions.startswith("rw-p"):
+            assert bytes_within(table, one, MappingKind.MODULE_DATA) == size, one
+    assert report.heap is not None
+    reserve = sum(
+        sub_heap.reserved_bytes - sub_heap.committed_bytes
+        for arena in report.heap.arenas
+        for sub_heap in arena.sub_heaps
+    )
+    assert table.bytes_of(MappingKind.ARENA_RESERVE) == reserve
+    live = {thread.index for thread in report.threads}
+    stacks = np.isin(table.kind, [KINDS.index(MappingKind.THREAD_STACK), KINDS.index(MappingKind.MAIN_STACK)])
+    assert set(table.thread[stacks].tolist()) >= live
+
+
+def noted(truth: Truth, name: str) -> tuple[int, int]:
+    """Where the program said a mapping of its own is."""
+    start, size = truth.note_numbers(name)
+    return start, start + size
+
+
+@pytest.mark.parametrize("case", ["mapped_memory", "mapped_memory@filter_all"])
+def test_mappings_that_malloc_knows_nothing_of(case: str) -> None:
+    """One in five of 64 pages was written: 13."""
+    table, report, truth = table_and_truth(case)
+    assert sum(one.end - one.start for one in mappings_of(truth)) == report.ledger.bytes
+    page = report.process.page_bytes
+
+    def kind(name: str) -> MappingKind:
+        row = int(np.searchsorted(table.start, np.uint64(noted(truth, name)[0]), side="right")) - 1
+        return KINDS[int(table.kind[row])]
+
+    for name in ("shared_anonymous", "memory_file", "system_v"):
+        assert kind(name) is MappingKind.SHARED_MEMORY
+    for name in ("reserve", "closed", "hidden_and_closed"):
+        assert kind(name) is MappingKind.NO_ACCESS
+    for name in ("written", "zeros", "only_read", "untouched", "given_back", "hidden"):
+        assert kind(name) is MappingKind.UNEXPLAINED
+    assert kind("file") is MappingKind.MAPPED_FILE
+
+    # The kernel joins neighbours that are alike: claims cut them where the program knows that they end.
+    claims = Claims()
+    names = (
+        "written",
+        "zeros",
+        "only_read",
+        "given_back",
+        "closed",
+        "hidden",
+        "hidden_and_closed",
+        "reserve",
+        "untouched",
+    )
+    for name in (*names, "shared_anonymous", "memory_file", "system_v"):
+        claims.add(MappingKind.OTHER_ALLOCATOR, *noted(truth, name), name=name)
+    with coreheap.open(core_or_skip(case).core) as core:
+        pieces = labelled_pieces(core, claims)
+        private = [one for one in mappings_of(truth) if one.is_private_anonymous]
+        _, bounds = resident_bounds(core, private)
+    numbers = {}
+    for name in claims.names:
+        if name in (*names, "shared_anonymous", "memory_file", "system_v"):
+            rows = (pieces.kind == KINDS.index(MappingKind.OTHER_ALLOCATOR)) & (pieces.name == claims.name_number(name))
+            columns = (pieces.committed_bytes, pieces.resident_low, pieces.resident_high)
+            numbers[name] = tuple(int(column[rows].sum()) // page for column in columns)
+    assert numbers == {
+        "written": (64, 13, 13),
+        "zeros": (64, 13, 13),  # a page that a zero was written to is a page
+        "only_read": (64, 0, 0),  # one that was only read is none
+        "given_back": (64, 6, 6),
+        "closed": (13, 13, 13),
+        "hidden": (64, 0, 64),
+        "hidden_and_closed": (0, 0, 64),
+        "reserve": (0, 0, 1024),
+        # Saved, as a whole with its neighbours, or not at all.
+        "untouched": numbers["untouched"],
+        # The dump reads every page of these in: what it saved says nothing.
+        "shared_anonymous": (64, 0, 64),
+        "memory_file": (64, 0, 64),
+        "system_v": (64, 0, 64),
+    }
+    assert numbers["untouched"] in ((64, 0, 0), (64, 0, 64))
+    for one, (low, high) in zip(private, bounds, strict=True):
+        assert low <= one.resident_bytes <= high

@@ -77,6 +77,14 @@ def format_bytes(byte_count: int) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
+def format_bounds(low: int, high: int) -> str:
+    """Bytes that are known exactly, or by their bounds where these do not read the same: ``1.00 MiB to 2.00 MiB``."""
+    least, most = format_bytes(low), format_bytes(high)
+    if least == most:
+        return least
+    return f"{least} to {most}" if low else f"at most {most}"
+
+
 def format_count(count: int) -> str:
     """A count for people, with thousands separated by commas."""
     return f"{count:,}"

@@ -21,7 +21,7 @@ from coreheap.evidence import Evidence, Strength
 from coreheap.free_memory import FreeMemoryReport, HeapFreeMemory, PinChain, TrimEstimate
 from coreheap.heap import Arena, HeapSnapshot
 from coreheap.mappings import ResidencyBasis
-from coreheap.quantities import MIB, format_bytes
+from coreheap.quantities import MIB, format_bounds, format_bytes
 from coreheap.report import Quantity, Severity, Unit
 
 SMALLEST_BYTES = 1 * MIB
@@ -164,10 +164,8 @@ def trim_evidence(trim: TrimEstimate, basis: ResidencyBasis) -> Evidence:
     """The what-if as a fact, with what it rests on."""
     if basis is ResidencyBasis.UNKNOWN:
         memory = "how much of that is in memory is unknown"
-    elif trim.resident_low == trim.resident_high:
-        memory = f"{format_bytes(trim.resident_low)} of that is in memory"
     else:
-        memory = f"{format_bytes(trim.resident_low)} to {format_bytes(trim.resident_high)} of that is in memory"
+        memory = f"{format_bounds(trim.resident_low, trim.resident_high)} of that is in memory"
     return Evidence(
         f"malloc_trim(0) would return {format_bytes(trim.bytes)} of whole pages; {memory}",
         "free chunks page by page",
@@ -178,18 +176,10 @@ def trim_evidence(trim: TrimEstimate, basis: ResidencyBasis) -> Evidence:
 def trim_step(trim: TrimEstimate) -> str:
     """The next step that gives memory back at once."""
     return (
-        f"malloc_trim(0) in the process would lower RSS by {_bounds(trim)}: it holds each arena's lock while it walks that"
+        f"malloc_trim(0) in the process would lower RSS by {format_bounds(trim.resident_low, trim.resident_high)}: it holds each arena's lock while it walks that"
         " arena's bins; call it after peaks, or on a live process try gdb -p PID -batch -ex 'call (int)malloc_trim(0)' while"
         " no thread is inside malloc, and compare Rss of the heap in /proc/PID/smaps before and after"
     )
-
-
-def _bounds(trim: TrimEstimate) -> str:
-    if trim.resident_low == trim.resident_high:
-        return format_bytes(trim.resident_low)
-    if not trim.resident_low:
-        return f"at most {format_bytes(trim.resident_high)}"
-    return f"{format_bytes(trim.resident_low)} to {format_bytes(trim.resident_high)}"
 
 
 def walk_evidence(statement: str, heap: HeapSnapshot) -> tuple[tuple[Evidence, ...], tuple[Doubt, ...]]:

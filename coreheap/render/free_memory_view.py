@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from coreheap.free_memory import FreeMemoryReport, Pin, TopStays, TrimEstimate
-from coreheap.quantities import format_address, format_bytes, format_count
+from coreheap.free_memory import FreeMemoryReport, Pin, TopStays
+from coreheap.quantities import format_address, format_bounds, format_bytes, format_count
 from coreheap.render.escaping import shortened
 from coreheap.render.page import Page, part_of_all, plain_table
 
@@ -33,7 +33,8 @@ def add_free_memory(page: Page, report: FreeMemoryReport) -> None:
     if not heaps:
         return
     page.heading(
-        "Free memory", f"malloc_trim(0) would return {format_bytes(trim.bytes)}, RSS would drop by {_drop(trim)}"
+        "Free memory",
+        f"malloc_trim(0) would return {format_bytes(trim.bytes)}, RSS would drop by {format_bounds(trim.resident_low, trim.resident_high)}",
     )
     heaps.sort(key=lambda heap: (-heap.trim.bytes, heap.arena, heap.sub_heap or 0))
     shown = heaps if page.style.verbose else heaps[:HEAPS_SHOWN]
@@ -56,7 +57,7 @@ def add_free_memory(page: Page, report: FreeMemoryReport) -> None:
             format_bytes(heap.free_bytes),
             format_bytes(heap.whole_page_bytes),
             format_bytes(heap.trim.bytes),
-            _drop(heap.trim),
+            format_bounds(heap.trim.resident_low, heap.trim.resident_high),
             _TOP_STAYS[heap.top_stays],
         )
     page.add(table, indent=2)
@@ -76,9 +77,3 @@ def _pins(page: Page, pins: tuple[Pin, ...]) -> None:
             f"{chunks} of {format_bytes(pin.live_bytes)} at {format_address(pin.header_address)} (arena {pin.arena})"
             f" {'keeps' if one else 'keep'} {format_bytes(pin.pages_below_bytes)} of free pages{holder}"
         )
-
-
-def _drop(trim: TrimEstimate) -> str:
-    if trim.resident_low == trim.resident_high:
-        return format_bytes(trim.resident_low)
-    return f"{format_bytes(trim.resident_low)} to {format_bytes(trim.resident_high)}"

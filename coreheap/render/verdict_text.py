@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from coreheap.evidence import Confidence
-from coreheap.quantities import format_bytes, format_share
+from coreheap.quantities import format_bounds, format_bytes, format_share
 from coreheap.render.escaping import shortened
 from coreheap.render.wording import LONGEST_TEXT, humanized
 from coreheap.report import Finding, Report, Severity, VerdictItem
@@ -45,14 +45,14 @@ def _memory(items: list[VerdictItem]) -> Iterator[str]:
     if len(lows) == len(highs) == len(items):
         low, high = sum(lows), sum(highs)
         # The parts of one arena have bounds that exclude each other: all of it is no more than the sum of both.
-        of_which = f", of which {span_text(low, high)} were in memory or swapped out" if high else ""
+        of_which = f", of which {format_bounds(low, high)} were in memory or swapped out" if high else ""
         yield f"The program could write {format_bytes(first.of_bytes)}{of_which}."
     else:
         yield f"The program could write {format_bytes(first.of_bytes)}; how much of it was in memory is not known."
     lead = LEADS.get(first.topic, f"are {humanized(first.topic)}")
     amount = format_bytes(first.bytes)
     if first.resident_low is not None and first.resident_high is not None:
-        resident = span_text(first.resident_low, first.resident_high)
+        resident = format_bounds(first.resident_low, first.resident_high)
         amount += f" ({resident} in memory)" if resident != amount else ""
     sure = {Confidence.CERTAIN: "", Confidence.STRONG: "", Confidence.PLAUSIBLE: "Probably, "}.get(
         first.confidence, "Perhaps, "
@@ -61,14 +61,6 @@ def _memory(items: list[VerdictItem]) -> Iterator[str]:
     live = next((item for item in items if item.topic == "in_use"), None)
     if live is not None and live is not first and live.bytes >= WORTH_A_WORD * live.of_bytes:
         yield f"Live chunks hold {format_bytes(live.bytes)}."
-
-
-def span_text(low: int, high: int) -> str:
-    """Bytes that are known exactly, or by their bounds, where these do not read the same."""
-    least, most = format_bytes(low), format_bytes(high)
-    if least == most:
-        return least
-    return f"at most {most}" if not low else f"{least} to {most}"
 
 
 def _leaks(report: Report) -> Iterator[str]:
@@ -85,7 +77,7 @@ def _leaks(report: Report) -> Iterator[str]:
 def _remedies(report: Report, items: list[VerdictItem]) -> Iterator[str]:
     free = report.free_memory
     if free is not None and free.trim.resident_high >= WORTH_A_WORD * items[0].of_bytes:
-        saved = span_text(free.trim.resident_low, free.trim.resident_high)
+        saved = format_bounds(free.trim.resident_low, free.trim.resident_high)
         yield f"malloc_trim(0) would give back {saved}."
     named = [finding for finding in report.findings if finding.severity is not Severity.INFO]
     if named:

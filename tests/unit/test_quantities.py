@@ -12,6 +12,7 @@ from coreheap.quantities import (
     MIB,
     AddressRange,
     format_address,
+    format_bounds,
     format_bytes,
     format_count,
     format_share,
@@ -210,3 +211,9 @@ def test_share_is_0_or_100_only_when_it_is(part: int, whole: int) -> None:
     assert (text == "0.0 %") == (part == 0)
     if text == "100.0 %":
         assert part / whole == 1.0  # as far as a float tells
+
+
+def test_bounds_that_read_the_same_are_one_number() -> None:
+    assert format_bounds(5 * MIB, 5 * MIB + 1) == "5.00 MiB"
+    assert format_bounds(0, 5 * MIB) == "at most 5.00 MiB"
+    assert format_bounds(MIB, 2 * MIB) == "1.00 MiB to 2.00 MiB"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coreheap.evidence import Confidence
-from coreheap.render.verdict_text import span_text, verdict_paragraph
+from coreheap.render.verdict_text import verdict_paragraph
 from coreheap.report import Report, VerdictItem
 from tests.unit import report_samples
 
@@ -57,9 +57,3 @@ def test_a_leak_is_named_with_its_confidence() -> None:
 
 def test_a_topic_that_is_new_is_named_plainly() -> None:
     assert "are page cache" in verdict_paragraph(with_verdict(item("page_cache", 100, (1, 2))))
-
-
-def test_bounds_that_read_the_same_are_one_number() -> None:
-    assert span_text(5 * MIB, 5 * MIB + 1) == "5.00 MiB"
-    assert span_text(0, 5 * MIB) == "at most 5.00 MiB"
-    assert span_text(MIB, 2 * MIB) == "1.00 MiB to 2.00 MiB"

@@ -70,7 +70,14 @@ class Anomaly:
     """A place where the heap's own data contradicts itself.
 
     ``code`` is a lower snake case word; ``address`` the place of the contradiction; ``arena`` the index of
-    the arena it was found in, None where it belongs to none.
+    the arena it was found in, None where it belongs to none. ``message`` is what glibc of this release says when it meets
+    it, None where it would not notice. ``arena_locked``: whether a thread was inside malloc with that arena's lock, which may
+    leave such a state for a moment; ``confidence``: how sure it is that this is damage.
+
+    ``word_address`` is the exact word that is wrong (for a list the one that holds the bad pointer, be it in a chunk or the
+    list's head), ``observed_word`` what it holds as a number, ``expected_word`` the one value that would be right; None where the
+    contradiction lies in no single word, where it was not saved, and where several values would do. ``header_address`` is the
+    chunk that the contradiction is about, None where it is about none.
     """
 
     code: str
@@ -78,6 +85,13 @@ class Anomaly:
     expected: str
     observed: str
     arena: int | None = None
+    message: str | None = None
+    arena_locked: bool | None = None
+    confidence: Confidence = Confidence.CERTAIN
+    word_address: int | None = None
+    observed_word: int | None = None
+    expected_word: int | None = None
+    header_address: int | None = None
 
 
 def confidence_from(evidence: Iterable[Evidence]) -> Confidence:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from coreheap.crash import CrashContext
+from coreheap.damage import Damage
 from coreheap.evidence import Anomaly, Confidence, Evidence, Gap
 from coreheap.free_memory import FreeMemoryReport
 from coreheap.heap import HeapSnapshot, StateTotals
@@ -258,3 +260,7 @@ class Report:
     """How malloc and a JVM were set; None only where reading it failed by a defect."""
     free_memory: FreeMemoryReport | None = None
     """What malloc holds free, page by page; None without a heap."""
+    damages: tuple[Damage, ...] = ()
+    """What is damaged in the heap, the gravest first."""
+    crash: CrashContext | None = None
+    """How the process ended; None in a core of a living process, and where it failed by a defect."""

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coreheap.corefile import Core
+from coreheap.crash import CrashContext
+from coreheap.damage import Damage
 from coreheap.evidence import Gap
 from coreheap.free_memory import FreeMemoryReport
 from coreheap.heap import HeapSnapshot
@@ -36,6 +38,8 @@ class Case:
     free_memory: FreeMemoryReport | None = None
     mappings: MappingTable | None = None
     threads: tuple[ThreadSummary, ...] = ()
+    damages: tuple[Damage, ...] = ()
+    crash: CrashContext | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -324,16 +324,20 @@ def _verdicts(
     lost_bits = bits_of(state == ChunkState.IN_USE) & ~any_weak
     lost = follower.leaders(lost_bits)
     verdict = np.empty(len(state), np.uint8)
-    # The highest bit of a chunk decides; in use and without any, it is lost.
+    # In use and met by no search, a chunk is lost; what a later one of these says outweighs the earlier.
     lost_as = Verdict.POSSIBLY_LOST if roots_are_missing else Verdict.INDIRECTLY_LOST
-    of_highest_bit = (lost_as, Verdict.WEAKLY_HELD, Verdict.POSSIBLY_LOST, Verdict.WEAKLY_HELD, Verdict.STILL_REACHABLE)
-    by_code = np.array([of_highest_bit[code.bit_length()] for code in range(16)], np.uint8)
+    met_as = (
+        (any_weak, Verdict.WEAKLY_HELD),
+        (any_strong, Verdict.POSSIBLY_LOST),
+        (held, Verdict.WEAKLY_HELD),
+        (reachable, Verdict.STILL_REACHABLE),
+    )
     for first in range(0, len(state), BATCH_CHUNKS):
-        part = state[first : first + BATCH_CHUNKS]
-        code = np.zeros(len(part), np.uint8)
-        for place, bits in enumerate((any_weak, any_strong, held, reachable)):
-            code |= _unpacked(bits, first, len(part)).view(np.uint8) << np.uint8(place)
-        verdict[first : first + BATCH_CHUNKS] = by_code[code] * (part == ChunkState.IN_USE)
+        part = verdict[first : first + BATCH_CHUNKS]
+        part.fill(lost_as)
+        for bits, meaning in met_as:
+            np.copyto(part, np.uint8(meaning), where=_unpacked(bits, first, len(part)))
+        part *= state[first : first + BATCH_CHUNKS] == ChunkState.IN_USE
     if not roots_are_missing:
         verdict[lost.leader] = Verdict.DEFINITELY_LOST
     return verdict, lost

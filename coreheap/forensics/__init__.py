@@ -1,0 +1,1 @@
+"""What happened to a damaged heap: foreign bytes, their culprits, repairs."""

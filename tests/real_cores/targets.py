@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import hashlib
+import lzma
 import os
 import platform
 import re
@@ -16,6 +18,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -238,16 +241,16 @@ def _files_in(place: Path, where: Platform, version: str) -> TargetFiles:
 
 
 def _download_and_unpack(release: Release, where: Platform, directory: Path, place: Path) -> str:
-    registry = _registry(directory)
-    suite, version = registry.find("libc6", where, release.suites)
+    registry = _registry(directory, where)
+    suite, version = registry.find("libc6", release.suites)
     archives = place / "archives"
     archives.mkdir()
-    wanted = [f"{name}:{where.debian}={version}" for name in ("libc6", "libc6-dbg", "libc6-dev")]
+    wanted = dict.fromkeys(("libc6", "libc6-dbg", "libc6-dev"), version)
     # The kernel's headers hardly matter; old ones are small, and every compiler reads them.
+    headers = registry.versions("linux-libc-dev")
     for headers_suite in (*RELEASES[0].suites, *RELEASES[1].suites, suite):
-        found = registry.versions("linux-libc-dev", where).get(headers_suite)
-        if found is not None:
-            wanted.append(f"linux-libc-dev:{where.debian}={found}")
+        if headers_suite in headers:
+            wanted["linux-libc-dev"] = headers[headers_suite]
             break
     registry.download(wanted, archives)
     for name, roots in (
@@ -346,11 +349,16 @@ def _make_sysroot(files: TargetFiles) -> None:
 
 
 class _Registry:
-    """Debian's packages by a private apt: its own lists, no installed packages, the machine's own mirror."""
+    """Debian's packages for one platform by a private apt: its own lists, no installed packages, the machine's own mirror.
 
-    def __init__(self, place: Path) -> None:
+    A mirror that is just being brought up to date has lists that do not fit its release file: apt then refuses all of a suite. Such
+    suites are read from the mirror's lists as they are, and only the packages' sums are checked.
+    """
+
+    def __init__(self, place: Path, where: Platform) -> None:
         self._place = place
-        self._options: tuple[str, ...] = (
+        self._where = where
+        self._options = (
             f"-oDir::Etc::SourceList={place / 'sources.list'}",
             "-oDir::Etc::SourceParts=/dev/null",
             f"-oDir::State::Lists={place / 'lists'}",
@@ -359,12 +367,14 @@ class _Registry:
             # Images of containers turn these caches off, and every question then takes ten seconds.
             "-oDir::Cache::pkgcache=pkgcache.bin",
             "-oDir::Cache::srcpkgcache=srcpkgcache.bin",
-            "-oAPT::Architecture=amd64",
-            f"-oAPT::Architectures={','.join(where.debian for where in PLATFORMS)}",
+            f"-oAPT::Architecture={where.debian}",
+            f"-oAPT::Architectures={where.debian}",
             "-oAPT::Sandbox::User=root",
             "-oAcquire::Languages=none",
             "-oAcquire::IndexTargets::deb::DEP-11::DefaultEnabled=false",
         )
+        self._lists: dict[str, dict[str, _Listed]] = {}
+        """By suite and package what the mirror's own lists have, of suites that apt refuses."""
 
     def update(self) -> None:
         """Fetch the lists of all suites; one that is not there is nothing to stop for."""
@@ -376,10 +386,14 @@ class _Registry:
             suite
             for release in RELEASES
             for suite in release.suites[1:]
-            if release.suites[0] not in self.versions("libc6", AMD64)
+            if release.suites[0] not in self._of_apt("libc6")
         ]
         if missing:
             self._fetch([*(release.suites[0] for release in RELEASES), *missing])
+        known = self._of_apt("libc6")
+        for release in RELEASES:
+            if not known.keys() & set(release.suites):
+                self._lists |= {suite: _listed_by_mirror(suite, self._where) for suite in release.suites}
 
     def _fetch(self, suites: Sequence[str]) -> None:
         lines = [f"deb {options}{uri} {suite} main\n" for uri, options in _mirrors() for suite in suites]
@@ -392,43 +406,98 @@ class _Registry:
             timeout=APT_TIMEOUT_SECONDS,
         )
 
-    def versions(self, package: str, where: Platform) -> dict[str, str]:
-        """The newest version of a package in each suite that has it."""
-        answer = _run(["apt-cache", *self._options, "madison", f"{package}:{where.debian}"])
+    def _of_apt(self, package: str) -> dict[str, str]:
+        answer = _run(["apt-cache", *self._options, "madison", package])
         found: dict[str, str] = {}
         for line in answer.splitlines():
-            # " libc6:i386 | 2.31-13 | http://HOST/debian bullseye/main i386 Packages", newest first
+            # " libc6 | 2.31-13 | http://HOST/debian bullseye/main i386 Packages", newest first
             _, version, source = (field.strip() for field in line.split("|"))
             _, suite, architecture, *_ = source.split()
-            if architecture == where.debian:
+            if architecture == self._where.debian:
                 found.setdefault(suite.split("/")[0], version)
         return found
 
-    def find(self, package: str, where: Platform, suites: Sequence[str]) -> tuple[str, str]:
+    def versions(self, package: str) -> dict[str, str]:
+        """The newest version of a package in each suite that has it."""
+        found = self._of_apt(package)
+        return found | {suite: listed[package].version for suite, listed in self._lists.items() if package in listed}
+
+    def find(self, package: str, suites: Sequence[str]) -> tuple[str, str]:
         """The first suite that has the package, and its version there."""
-        versions = self.versions(package, where)
+        versions = self.versions(package)
         for suite in suites:
             if suite in versions:
                 return suite, versions[suite]
         raise CannotMake(
-            f"the package mirror of this machine has no {package}:{where.debian} in {' or '.join(suites)};"
+            f"the package mirror of this machine has no {package}:{self._where.debian} in {' or '.join(suites)};"
             f" it has {versions or 'no Debian suite'}"
         )
 
-    def download(self, wanted: Sequence[str], into: Path) -> None:
-        """Put the archives of exact package versions into a directory."""
-        _run(["apt-get", *self._options, "-qq", "download", *wanted], into)
+    def download(self, wanted: Mapping[str, str], into: Path) -> None:
+        """Put the archives of packages, by name and exact version, into a directory."""
+        by_apt = []
+        for package, version in wanted.items():
+            listed = [packages.get(package) for packages in self._lists.values()]
+            found = next((one for one in listed if one is not None and one.version == version), None)
+            if found is None:
+                by_apt.append(f"{package}={version}")
+            else:
+                _download_listed(found, into / f"{package}_{self._where.debian}.deb")
+        if by_apt:
+            _run(["apt-get", *self._options, "-qq", "download", *by_apt], into)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """A package in a mirror's list."""
+
+    version: str
+    url: str
+    sha256: str
+
+
+def _listed_by_mirror(suite: str, where: Platform) -> dict[str, _Listed]:
+    """What a mirror lists of the packages of libc; nothing where it has no such list."""
+    found: dict[str, _Listed] = {}
+    for address, _ in _mirrors():
+        try:
+            text = lzma.decompress(_fetched(f"{address}dists/{suite}/main/binary-{where.debian}/Packages.xz")).decode()
+        except (OSError, lzma.LZMAError):
+            continue
+        for package in ("libc6", "libc6-dbg", "libc6-dev", "linux-libc-dev"):
+            for entry in re.findall(rf"^Package: {re.escape(package)}\n(?:.+\n)*", text, re.MULTILINE):
+                fields = dict(
+                    line.split(": ", 1) for line in entry.splitlines() if not line.startswith(" ") and ": " in line
+                )
+                found.setdefault(
+                    package, _Listed(fields["Version"], f"{address}{fields['Filename']}", fields["SHA256"])
+                )
+    return found
+
+
+def _download_listed(package: _Listed, into: Path) -> None:
+    content = _fetched(package.url)
+    if hashlib.sha256(content).hexdigest() != package.sha256:
+        raise CannotMake(f"{package.url} is not what the mirror lists: its sum differs")
+    into.write_bytes(content)
+
+
+def _fetched(url: str) -> bytes:
+    if not url.startswith(("http://", "https://")):
+        raise CannotMake(f"{url} is no address that a list can be fetched from")
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return bytes(answer.read(1 << 28))
 
 
 @cache
-def _registry(directory: Path) -> _Registry:
+def _registry(directory: Path, where: Platform) -> _Registry:
     for tool in ("apt-get", "apt-cache", "dpkg", "readelf"):
         if shutil.which(tool) is None:
             raise CannotMake(f"no {tool}: the matrix is made of Debian's packages, so make it on Debian")
     # Half a gigabyte that is of no use tomorrow.
     place = tempfile.mkdtemp(prefix="apt-", dir=directory / "packages")
     atexit.register(shutil.rmtree, place, ignore_errors=True)
-    registry = _Registry(Path(place))
+    registry = _Registry(Path(place), where)
     registry.update()
     return registry
 

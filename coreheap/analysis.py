@@ -11,14 +11,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from coreheap.accounting import account_for_memory
+from coreheap.accounting import account_for_memory, no_account
 from coreheap.accounting.java import named_by_java
 from coreheap.allocators.glibc import GlibcAllocator
 from coreheap.allocators.protocol import Progress
 from coreheap.checks import CHECKS, Case
 from coreheap.corefile import Core
-from coreheap.corefile.stacks import find_stacks
+from coreheap.corefile.stacks import NO_STACKS, find_stacks
+from coreheap.crashes import find_crash
 from coreheap.evidence import Gap
+from coreheap.forensics import DamageSurvey, find_damages
 from coreheap.free_memory import FreeMemoryReport
 from coreheap.heap import HeapSnapshot, StateTotals, sum_of_totals
 from coreheap.kernels import active_name
@@ -63,7 +65,8 @@ class AnalysisOptions:
 def analyze(core: Core, options: AnalysisOptions | None = None) -> Report:
     """Everything that coreheap can say about a core.
 
-    Raises nothing for damaged or missing heap data: that is in the report's anomalies, gaps and defects.
+    Raises nothing for damaged or missing heap data: that is in the report's anomalies, gaps and defects. Raises InputNotUsable
+    where the core, or a file of a module, was cut while it was read.
     """
     report, _ = analyze_with_references(core, options)
     return report
@@ -79,6 +82,7 @@ def analyze_with_references(core: Core, options: AnalysisOptions | None = None) 
     clock = _Clock()
 
     def progress(phase: str, done: int, total: int | None) -> None:
+        core.check_files()
         clock.enter(phase)
         options.progress(phase, done, total)
 
@@ -92,20 +96,29 @@ def analyze_with_references(core: Core, options: AnalysisOptions | None = None) 
     if search is not None:
         heap = search.heap
     leaks, retained = (search.leaks, search.retained) if search else (None, None)
-    stacks = find_stacks(core)
+    stacks = _answer("stacks", partial(find_stacks, core), defects) or NO_STACKS
     progress("accounting for all memory", 0, None)
 
     def attempt(name: str, claim: Callable[[], None]) -> None:
         _answer(f"accounting for {name}", claim, defects)
 
-    account = account_for_memory(core, heap, residency=options.residency, attempt=attempt)
+    account_for = partial(account_for_memory, core, heap, attempt=attempt)
+    account = _answer("accounting", partial(account_for, residency=options.residency), defects)
+    if account is None:
+        account = _answer("accounting without residency", partial(account_for, residency=False), defects)
+    account = account or no_account()
     ledger = account.ledger
-    threads = thread_summaries(core, heap, stacks, account.mappings.basis)
+    threads = _answer(
+        "threads", partial(thread_summaries, core, heap, stacks, account.mappings.basis), defects
+    ) or thread_summaries(core, heap, NO_STACKS, ResidencyBasis.UNKNOWN)
     threads = _answer("Java's threads", partial(named_by_java, core, threads), defects) or threads
     settings = _answer("settings", partial(read_settings, core, heap), defects)
     free_memory = _survey_free_memory(core, heap, account.mappings.basis, search, defects)
     gaps = (*core.gaps, *(heap.gaps if heap else ()), *(search.gaps if search else ()))
     gaps += settings.gaps if settings else ()
+    gaps += account.gaps
+    damage = _find_damages(core, heap, search, defects)
+    crash = _answer("crash", partial(find_crash, core, heap, stacks, damage.damages), defects)
     findings = _run_checks(
         Case(
             core,
@@ -118,12 +131,22 @@ def analyze_with_references(core: Core, options: AnalysisOptions | None = None) 
             free_memory=free_memory,
             mappings=account.mappings,
             threads=threads,
+            damages=damage.damages,
+            crash=crash,
         ),
         progress,
         defects,
     )
+    of_memory = (
+        _answer("verdict", partial(memory_verdict, core, account.mappings, heap, findings, gaps, free_memory), defects)
+        or ()
+    )
     clock.stop()
-    is_partial = core.truncated or bool(heap is not None and heap.gaps) or bool(defects)
+    core.check_files()
+    change = core.change
+    if change:
+        gaps += (Gap("core_changed", f"the core changed while it was read, {change}: numbers may not fit together"),)
+    is_partial = bool(change) or core.truncated or bool(heap is not None and heap.gaps) or bool(defects)
     report = Report(
         tool_version=tool_version(),
         kernels=active_name,
@@ -134,7 +157,7 @@ def analyze_with_references(core: Core, options: AnalysisOptions | None = None) 
         totals=_totals(heap),
         ledger=ledger,
         findings=findings,
-        verdict=(*memory_verdict(core, account.mappings, heap, findings, gaps), *leak_verdict(leaks, findings)),
+        verdict=(*of_memory, *leak_verdict(leaks, findings)),
         anomalies=heap.anomalies if heap else (),
         anomaly_count=heap.anomaly_count if heap else 0,
         gaps=(*gaps, *(Gap("check_failed", defect) for defect in defects)),
@@ -147,6 +170,9 @@ def analyze_with_references(core: Core, options: AnalysisOptions | None = None) 
         mappings=account.mappings,
         settings=settings,
         free_memory=free_memory,
+        damages=damage.damages,
+        damage_count=damage.damage_count,
+        crash=crash,
     )
     return report, search.references if search else None
 
@@ -187,6 +213,16 @@ def _survey_free_memory(
     references = search.references if search is not None else None
     holders = references.typical_holders if references is not None else None
     return _answer("free memory", partial(survey_free_memory, core, heap, basis, holders), defects)
+
+
+def _find_damages(core: Core, heap: HeapSnapshot | None, search: LeakSearch | None, defects: list[str]) -> DamageSurvey:
+    """What the heap's contradictions come to; with the names of who holds the culprits where references are known."""
+    nothing = DamageSurvey((), 0)
+    if heap is None or not heap.anomalies:
+        return nothing
+    references = search.references if search is not None else None
+    holders = references.typical_holders if references is not None else None
+    return _answer("damage", partial(find_damages, core, heap, holders), defects) or nothing
 
 
 def _run_checks(case: Case, progress: Progress, defects: list[str]) -> tuple[Finding, ...]:

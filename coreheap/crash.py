@@ -77,6 +77,8 @@ class Frame:
     symbol_offset: int | None
     source: FrameSource
     is_certain: bool
+    is_interrupted: bool = False
+    """A signal came here: the frames before this one are those of its handler."""
 
 
 class AbortKind(Enum):
@@ -107,6 +109,8 @@ class CrashContext:
 
     ``signature`` is the same for crashes of the same kind at the same place, whatever the addresses; ``signature_parts`` are what it
     is made of, in order. ``inside_malloc``: whether a frame of the crashed thread is in one of malloc's functions.
+    ``handled_signal``: the fault (SIGSEGV, SIGBUS, ...) in whose handler the process ended, as programs do that write a report of
+    their own first; ``fault`` is then that signal's.
     """
 
     thread: int
@@ -125,3 +129,5 @@ class CrashContext:
     inside_malloc: bool | None
     signature: str
     signature_parts: tuple[str, ...]
+    handled_signal: int | None = None
+    handled_signal_name: str | None = None

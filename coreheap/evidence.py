@@ -77,7 +77,8 @@ class Anomaly:
     ``word_address`` is the exact word that is wrong (for a list the one that holds the bad pointer, be it in a chunk or the
     list's head), ``observed_word`` what it holds as a number, ``expected_word`` the one value that would be right; None where the
     contradiction lies in no single word, where it was not saved, and where several values would do. ``header_address`` is the
-    chunk that the contradiction is about, None where it is about none.
+    chunk that the contradiction is about, None where it is about none. ``foreign_bytes``: how many bytes from ``address`` on are
+    not what malloc left there, None where words tell it.
     """
 
     code: str
@@ -92,6 +93,7 @@ class Anomaly:
     observed_word: int | None = None
     expected_word: int | None = None
     header_address: int | None = None
+    foreign_bytes: int | None = None
 
 
 def confidence_from(evidence: Iterable[Evidence]) -> Confidence:

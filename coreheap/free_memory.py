@@ -36,6 +36,11 @@ class TrimEstimate:
     def bytes(self) -> int:
         return self.bins_bytes + self.top_bytes
 
+    @property
+    def given_back_bytes(self) -> int:
+        """What of these pages was given back already, or never touched, as far as the core shows."""
+        return self.bytes - min(self.resident_high, self.bytes)
+
     @classmethod
     def sum_of(cls, parts: Iterable[TrimEstimate]) -> TrimEstimate:
         several = tuple(parts)
@@ -55,6 +60,8 @@ class TopStays(Enum):
     """Top is smaller than trim_threshold. (For sub-heaps that counts from glibc 2.22 on.)"""
     NO_LARGE_FREE = "no_large_free"
     """Top is large enough, but free() looks at it only when it has just made a free chunk of 64 KiB or more."""
+    KEPT_BY_TOP_PAD = "kept_by_top_pad"
+    """What top has beyond top_pad is less than a page: free() leaves that much on purpose (systrim)."""
     NOT_AT_BREAK = "not_at_break"
     """Someone else's memory lies behind the main arena, or its end did not come from brk: it cannot be given back."""
     NO_TOP = "no_top"
@@ -68,8 +75,8 @@ class HeapFreeMemory:
 
     ``live_bytes``: chunks in use and malloc's own. ``free_bytes``: as the module says; ``whole_page_bytes`` of them make up pages that
     hold nothing else, ``shared_page_bytes`` share a page with other chunks or headers. ``unlisted_bytes`` look free and
-    are on no list that was read: not part of ``free_bytes``. ``below_bytes``: the whole pages that lie below live chunks;
-    ``free_bytes`` less tops and ends. ``largest_free_bytes``: the largest free chunk but top. ``pins``: see ``PinChain``.
+    are on no list that was read: not part of ``free_bytes``. At least ``free_resident_low`` and at most ``free_resident_high`` of the
+    free bytes were in memory (or swapped out). ``largest_free_bytes``: the largest free chunk but top. ``pins``: see ``PinChain``.
     """
 
     arena: int
@@ -88,6 +95,8 @@ class HeapFreeMemory:
     trim: TrimEstimate
     top_stays: TopStays
     pins: PinChain
+    free_resident_low: int = 0
+    free_resident_high: int = 0
 
     @property
     def utilisation(self) -> float | None:
@@ -101,13 +110,15 @@ class PinChain:
 
     ``free_below_bytes``: all whole free pages of the heap that lie below a live chunk. Freeing ``chunk_count`` chunks of
     ``chunk_bytes``, everything live above the lowest of them included, would join ``gained_bytes`` of these to the end.
-    Blocks in a tcache count as live. All 0 where nothing is pinned.
+    Blocks in a tcache keep memory as live ones do; ``cached_count`` of the chunks are such (None: too many to look at each). All 0
+    where nothing is pinned.
     """
 
     free_below_bytes: int = 0
     gained_bytes: int = 0
     chunk_count: int = 0
     chunk_bytes: int = 0
+    cached_count: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,14 @@ Knows: the words and the shape of the table. Does not know: how any of it was fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
+
+from coreheap.evidence import Confidence
 
 UInt64s = npt.NDArray[np.uint64]
 
@@ -99,6 +102,11 @@ class MappingTable:
     resident_high: UInt64s
     names: tuple[str, ...]
     basis: ResidencyBasis
+    residency_confidence: Confidence = Confidence.CERTAIN
+    """How sure it is that holes of the file are pages that were not there; bounds that rest on no hole are certain."""
+    supposed_bytes: Mapping[MappingKind, int] = field(default_factory=dict)
+    """Of which kinds how many committed bytes are told by their place alone: a mapping that a stack pointer lies in, what follows a
+    module's data where its program headers are not in the core. They may be something else. Kinds without any are left out."""
 
     def __len__(self) -> int:
         return len(self.start)

@@ -212,7 +212,8 @@ class VerdictItem:
     ``topic`` is a lower snake case word (``in_use``, ``retained_free``, ``arena_bloat``, ``mmapped_chunks``,
     ``not_malloc``, ``unknown``, ...); ``bytes`` of ``of_bytes``, which ``whole`` names. ``weakened_by`` is what the core
     says against it, which lowered its confidence. ``resident_low`` and ``resident_high``: at least and at most so many of the
-    bytes were in memory, or swapped out; None where nothing is known of that.
+    bytes were in memory, or swapped out; None where nothing is known of that. ``of_resident_low`` and ``of_resident_high``: the same of
+    ``of_bytes``.
     """
 
     topic: str
@@ -223,6 +224,8 @@ class VerdictItem:
     weakened_by: tuple[str, ...] = ()
     resident_low: int | None = None
     resident_high: int | None = None
+    of_resident_low: int | None = None
+    of_resident_high: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +264,8 @@ class Report:
     free_memory: FreeMemoryReport | None = None
     """What malloc holds free, page by page; None without a heap."""
     damages: tuple[Damage, ...] = ()
-    """What is damaged in the heap, the gravest first."""
+    """What is damaged in the heap, the gravest first; at most 100."""
+    damage_count: int = 0
+    """How many damages there are, those that ``damages`` leaves out with them."""
     crash: CrashContext | None = None
     """How the process ended; None in a core of a living process, and where it failed by a defect."""

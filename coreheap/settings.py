@@ -163,7 +163,8 @@ class JavaOption:
 class JavaSettings:
     """What a JVM was told about memory. ``options`` is None where the arguments are not in the core.
 
-    ``options_elsewhere`` are arguments that name files with more options, which the core does not hold.
+    ``options_elsewhere`` are arguments that name files with more options, which the core does not hold, and the program that
+    started the JVM where that is not java itself.
     """
 
     options: tuple[JavaOption, ...] | None

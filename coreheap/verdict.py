@@ -6,18 +6,20 @@ part is shown (``render``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
 from coreheap.corefile import Core
-from coreheap.doubts import Doubt, heap_doubts, map_doubts, thread_doubts
-from coreheap.evidence import Confidence, Gap, lowered
-from coreheap.heap import LISTED_FREE_STATES, ChunkState, HeapSnapshot
+from coreheap.doubts import Doubt, doubt, heap_doubts, map_doubts, thread_doubts
+from coreheap.evidence import Confidence, Gap, Strength, lowered
+from coreheap.free_memory import FreeMemoryReport
+from coreheap.heap import LISTED_FREE_STATES, Arena, ChunkState, HeapSnapshot
 from coreheap.leaks import LeakReport, Verdict
 from coreheap.mappings import KINDS, MappingKind, MappingTable, ResidencyBasis
+from coreheap.quantities import format_bytes
 from coreheap.report import Finding, VerdictItem
 
 TOPICS: Final = {
@@ -38,6 +40,18 @@ TOPICS: Final = {
     "other_allocator": (MappingKind.OTHER_ALLOCATOR,),
 }
 """The parts that mappings make up by themselves."""
+WRITABLE_PRIVATE: Final = (
+    *(kind for kinds in TOPICS.values() for kind in kinds),
+    *(MappingKind.UNEXPLAINED, MappingKind.MAIN_ARENA, MappingKind.ARENA_HEAP, MappingKind.MMAPPED_CHUNK),
+)
+"""All that the parts are made of."""
+FOREIGN: Final = "foreign_sbrk"
+"""Memory between the main arena's pieces that another caller of sbrk took: neither malloc's nor unknown."""
+MUCH: Final = 0.05
+"""Share of all that the program could write from which a part that surely was in memory tells more than one that may have been."""
+MUCH_APART: Final = 0.1
+"""Share by which bounds have to differ to be a doubt."""
+FREE_STATES: Final = (*LISTED_FREE_STATES, ChunkState.TOP, ChunkState.FREE_UNLISTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +62,16 @@ class _Part:
     resident: tuple[int, int] | None
     doubts: tuple[Doubt, ...]
 
+    @property
+    def surely(self) -> int:
+        """What was in memory at least; where that is not known, what could have been."""
+        return self.byte_count if self.resident is None else self.resident[0]
+
+    @property
+    def perhaps(self) -> int:
+        """What was in memory at most."""
+        return self.byte_count if self.resident is None else self.resident[1]
+
 
 def memory_verdict(
     core: Core,
@@ -55,11 +79,13 @@ def memory_verdict(
     heap: HeapSnapshot | None,
     findings: tuple[Finding, ...],
     gaps: tuple[Gap, ...],
+    free_memory: FreeMemoryReport | None = None,
 ) -> tuple[VerdictItem, ...]:
     """Where the writable private memory went, what took the most memory first. ``gaps`` are those of the core and of the heap.
 
     Each part is at best as sure as how the heap was found. What contradicts the heap or is missing of it lowers all that
-    is counted by chunks, and what is left beside the heap: chunks that were not found lie there.
+    is counted by chunks, and what is left beside the heap: chunks that were not found lie there. Where another part may have had
+    more in memory, the first one is not certain to be the first.
     """
     another_is_used = any(
         finding.code == "OTHER-ALLOCATOR" and finding.quantity("glibc_heap_nearly_empty") == "true"
@@ -77,8 +103,17 @@ def memory_verdict(
     )
     if heap is not None:
         bloated = any(finding.code == "ARENA-BLOAT" for finding in findings)
-        parts |= _heap_parts(mappings, heap, of_chunks, bloated=bloated)
+        parts |= _heap_parts(mappings, heap, free_memory, of_chunks, bloated=bloated)
+        foreign = sum(
+            part.range.byte_count for arena in heap.arenas for part in arena.unattributed if part.cause == FOREIGN
+        )
+        known = parts[elsewhere].resident is not None
+        parts[elsewhere] = _joined(parts[elsewhere], _Part(foreign, (0, foreign) if known else None, ()))
     whole = sum(part.byte_count for part in parts.values())
+    parts = _in_order(parts)
+    # The mappings have some bytes more: headers, and what alignment costs.
+    in_memory = _mapped(mappings, WRITABLE_PRIVATE, ()).resident
+    of_whole = (None, None) if in_memory is None else (min(in_memory[0], whole), min(in_memory[1], whole))
     found = heap.identity.confidence if heap else Confidence.WEAK
     items = [
         VerdictItem(
@@ -89,24 +124,62 @@ def memory_verdict(
             lowered(found, (each.fact for each in part.doubts)),
             tuple(each.text for each in part.doubts),
             *(part.resident or (None, None)),
+            *of_whole,
         )
         for topic, part in parts.items()
-        if part.byte_count
     ]
-    return tuple(sorted(items, key=_weight, reverse=True))
+    return tuple(items)
 
 
-def _weight(item: VerdictItem) -> tuple[int, int]:
-    """What was in memory counts; where that is not known, what could have been."""
-    known = item.bytes if item.resident_high is None else item.resident_high
-    return known, item.bytes
+def _in_order(parts: Mapping[str, _Part]) -> dict[str, _Part]:
+    """The parts that have any bytes, what surely took the most memory first; the first doubted where another may have had more.
+
+    Where hardly anything was surely in memory, what may have been decides, but for stacks, of which most is only reserved.
+    """
+    used = [(topic, part) for topic, part in parts.items() if part.byte_count]
+    is_known = max((part.surely for _, part in used), default=0) >= MUCH * sum(part.byte_count for _, part in used)
+
+    def weight(one: tuple[str, _Part]) -> tuple[int, int, int]:
+        topic, part = one
+        return part.surely if is_known or topic == "thread_stacks" else part.perhaps, part.perhaps, part.byte_count
+
+    order = sorted(used, key=weight, reverse=True)
+    if order and order[0][1].resident is not None:
+        low, high = order[0][1].resident
+        most = max((part.perhaps for _, part in order[1:]), default=0)
+        # Bounds that are far apart: pages that free and live chunks share are no reason to doubt.
+        if most > low and most - low > MUCH_APART * max(high, most):
+            unsure = doubt(
+                f"{format_bytes(low)} of it were surely in memory, of another part up to {format_bytes(most)} may have been",
+                "pages that the core has content for",
+                "which part took most is not certain",
+            )
+            order[0] = order[0][0], replace(order[0][1], doubts=(*order[0][1].doubts, unsure))
+    return dict(order)
 
 
-def _mapped(mappings: MappingTable, kinds: Iterable[MappingKind], doubts: tuple[Doubt, ...]) -> _Part:
+def _mapped(mappings: MappingTable, kinds: Collection[MappingKind], doubts: tuple[Doubt, ...]) -> _Part:
     """What the program may write of some kinds of mappings."""
     rows = np.isin(mappings.kind, [KINDS.index(kind) for kind in kinds])
     resident = int(mappings.resident_low[rows].sum()), int(mappings.resident_high[rows].sum())
     committed = int(mappings.committed_bytes[rows].sum())
+    supposed = sum(mappings.supposed_bytes.get(kind, 0) for kind in kinds)
+    if supposed:
+        unsure = doubt(
+            f"{format_bytes(supposed)} of it are told by their place alone",
+            "stack pointers and modules",
+            "they may be something else",
+            Strength.SOLID if supposed > MUCH_APART * committed else Strength.HINT,
+        )
+        doubts = (*doubts, unsure)
+    if mappings.residency_confidence is not Confidence.CERTAIN and resident[1] < committed:
+        unsure = doubt(
+            "holes of the file say what was in memory, and a copy in large blocks (cp --sparse=always onto NFS, ZFS or Lustre) makes"
+            " more of them",
+            "holes and stored zeros of the core file",
+            "more may have been in memory",
+        )
+        doubts = (*doubts, unsure)
     return _Part(committed, None if mappings.basis is ResidencyBasis.UNKNOWN else resident, doubts)
 
 
@@ -120,36 +193,61 @@ def _joined(first: _Part | None, second: _Part) -> _Part:
 
 
 def _heap_parts(
-    mappings: MappingTable, heap: HeapSnapshot, doubts: tuple[Doubt, ...], *, bloated: bool
+    mappings: MappingTable,
+    heap: HeapSnapshot,
+    free_memory: FreeMemoryReport | None,
+    doubts: tuple[Doubt, ...],
+    *,
+    bloated: bool,
 ) -> Iterator[tuple[str, _Part]]:
     """The arenas' memory by the state of its chunks, and the mmapped chunks.
 
-    Which pages of an arena were in memory is known, not whose they are: what is in memory beyond the free bytes must be live,
-    and the other way round.
+    Of free memory that makes up whole pages it is known what was in memory. The rest of what was must be live, or share a page with
+    what is.
     """
-    free_states = (*LISTED_FREE_STATES, ChunkState.TOP, ChunkState.FREE_UNLISTED)
-    live = sum(heap.totals[state].chunk_bytes for state in (ChunkState.IN_USE, ChunkState.ALLOCATOR_OWN))
-    of_bloat = sum(arena.bytes_in(*free_states) for arena in heap.arenas if not arena.is_main) if bloated else 0
-    retained = sum(arena.bytes_in(*free_states) for arena in heap.arenas) - of_bloat
-    missing = heap.totals[ChunkState.DAMAGED].chunk_bytes + sum(
-        part.range.byte_count for arena in heap.arenas for part in arena.unattributed
-    )
     of_arenas = _mapped(mappings, (MappingKind.MAIN_ARENA, MappingKind.ARENA_HEAP), doubts).resident
-    whole = live + of_bloat + retained + missing
-    for topic, byte_count in (
-        ("in_use", live),
-        ("arena_bloat", of_bloat),
-        ("retained_free", retained),
-        ("unknown", missing),
-    ):
+    in_bloat = [arena for arena in heap.arenas if bloated and not arena.is_main]
+    others = [arena for arena in heap.arenas if not (bloated and not arena.is_main)]
+    live = sum(heap.totals[state].chunk_bytes for state in (ChunkState.IN_USE, ChunkState.ALLOCATOR_OWN))
+    missing = heap.totals[ChunkState.DAMAGED].chunk_bytes + sum(
+        part.range.byte_count for arena in heap.arenas for part in arena.unattributed if part.cause != FOREIGN
+    )
+    sizes = {
+        "in_use": live,
+        "arena_bloat": sum(arena.bytes_in(*FREE_STATES) for arena in in_bloat),
+        "retained_free": sum(arena.bytes_in(*FREE_STATES) for arena in others),
+        "unknown": missing,
+    }
+    known = {
+        "arena_bloat": _free_residency(free_memory, in_bloat),
+        "retained_free": _free_residency(free_memory, others),
+    }
+    bounds = {topic: known.get(topic) or (0, byte_count, byte_count) for topic, byte_count in sizes.items()}
+    for topic, byte_count in sizes.items():
         resident = None
         if of_arenas is not None:
-            low, high = of_arenas
-            resident = max(0, low - (whole - byte_count)), min(byte_count, high)
-            resident = min(resident), resident[1]
+            rest = [bound for other, bound in bounds.items() if other != topic]
+            low = max(bounds[topic][0], of_arenas[0] - sum(proven for _, _, proven in rest))
+            high = min(bounds[topic][1], byte_count, of_arenas[1] - sum(low for low, _, _ in rest))
+            # Headers of sub-heaps and what the arenas' mappings have besides are nobody's part.
+            resident = min(low, max(high, 0)), max(high, 0)
         yield topic, _Part(byte_count, resident, doubts)
     mmapped = _mapped(mappings, (MappingKind.MMAPPED_CHUNK,), doubts)
     yield "mmapped_chunks", _Part(heap.mmapped_bytes, mmapped.resident, doubts)
+
+
+def _free_residency(free_memory: FreeMemoryReport | None, arenas: Iterable[Arena]) -> tuple[int, int, int] | None:
+    """At least and at most so many of the free bytes of some arenas were in memory; None where that was not surveyed.
+
+    The third number: at most so many of them are among what the core shows to have been in memory.
+    """
+    if free_memory is None or free_memory.basis is ResidencyBasis.UNKNOWN:
+        return None
+    heaps = [heap for arena in arenas for heap in free_memory.arenas[arena.index].heaps]
+    beside = sum(heap.tcache_bytes + heap.unlisted_bytes for heap in heaps)
+    shared = sum(heap.shared_page_bytes for heap in heaps)
+    low = sum(heap.free_resident_low for heap in heaps)
+    return low, sum(heap.free_resident_high for heap in heaps) + beside, low + shared + beside
 
 
 def leak_verdict(leaks: LeakReport | None, findings: tuple[Finding, ...]) -> Iterator[VerdictItem]:

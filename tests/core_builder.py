@@ -400,13 +400,14 @@ def elf_image(
     elf_type: int = 3,
     total_bytes: int = 2 * _PAGE,
     data_bytes: int = _PAGE,
+    bss_bytes: int = 0,
 ) -> bytes:
     """A small shared library as a file: a read-only load segment with header and build-id, then a
     writable one.
 
     ``text`` lies at 0x800 of the first segment. ``symbols`` become a .symtab of functions, named
     and with values. The writable segment of ``data_bytes`` follows at ``total_bytes - data_bytes``,
-    in file and memory alike.
+    in file and memory alike, but for ``bss_bytes`` that it has in memory only.
     """
     word = "Q" if elf_class == 64 else "I"
     header_bytes, entry_bytes = (64, 56) if elf_class == 64 else (52, 32)
@@ -414,7 +415,7 @@ def elf_image(
     notes_at = 0x400
     split = total_bytes - data_bytes
 
-    def program_header(kind: int, flags: int, offset: int, size: int) -> bytes:
+    def program_header(kind: int, flags: int, offset: int, size: int, more: int = 0) -> bytes:
         if elf_class == 64:
             return struct.pack(
                 "<2I6Q",
@@ -424,12 +425,13 @@ def elf_image(
                 base + offset,
                 0,
                 size,
-                size,
+                size + more,
                 _PAGE if kind == 1 else 4,
             )
-        return struct.pack("<8I", kind, offset, base + offset, 0, size, size, flags, _PAGE if kind == 1 else 4)
+        alignment = _PAGE if kind == 1 else 4
+        return struct.pack("<8I", kind, offset, base + offset, 0, size, size + more, flags, alignment)
 
-    headers = [program_header(1, 5, 0, split), program_header(1, 6, split, data_bytes)]
+    headers = [program_header(1, 5, 0, split), program_header(1, 6, split, data_bytes, bss_bytes)]
     if notes:
         headers.append(program_header(4, 4, notes_at, len(notes)))
     image = bytearray(total_bytes)

@@ -379,6 +379,11 @@ def write_malloc_state(
         first, last = link_ring(
             memory, machine, header, chunks, with_nextsize=bool(chunks) and chunks[0].state == LARGE_BIN
         )
+        for chunk in chunks if number == 1 else ():
+            # free clears both words of what is too large for a small bin, wherever it will be put.
+            if chunk.chunk_bytes >= machine.small_limit:
+                memory.put(chunk.header_address + 4 * word, 0, word)
+                memory.put(chunk.header_address + 5 * word, 0, word)
         memory.put(header + 2 * word, first, word)
         memory.put(header + 3 * word, last, word)
         if chunks and number > 1:

@@ -30,7 +30,7 @@ class ClaimColumns:
     """All claims in the order in which they were made, none empty; columns of equal length.
 
     ``start``, ``end``: uint64; ``kind``: uint8, a row of KINDS; ``thread``, ``arena``, ``name`` and ``part``: int32, NOBODY for
-    none, ``name`` a row of ``Claims.names``, ``part`` one of ``Claims.parts``.
+    none, ``name`` a row of ``Claims.names``, ``part`` one of ``Claims.parts``; ``is_supposed``: bool, told by its place alone.
     """
 
     start: UInt64s
@@ -40,6 +40,7 @@ class ClaimColumns:
     arena: Int32s
     name: Int32s
     part: Int32s
+    is_supposed: npt.NDArray[np.bool_]
 
 
 @dataclass(slots=True)
@@ -66,14 +67,16 @@ class Claims:
         *,
         thread: Owners = NOBODY,
         arena: Owners = NOBODY,
-        name: str | None = None,
-        part: str | None = None,
+        name: str | Sequence[int] | None = None,
+        part: str | Sequence[int] | None = None,
+        is_supposed: bool | npt.NDArray[np.bool_] = False,
     ) -> None:
         """Claim [start, end): one range, or one for each element of two columns of equal length.
 
         ``thread`` (an index of ``core.threads``) and ``arena`` (an index of the heap's arenas) are one for all ranges or one for
         each, -1 for none. ``name`` says whose memory it is: a module, a file, another allocator. ``part`` is a leaf of the
-        ledger below the kind's.
+        ledger below the kind's. Both are one for all ranges, or a row of ``names`` or ``parts`` for each. ``is_supposed``: nothing
+        but where a range lies tells what it is.
         """
         low, high = _addresses(start), _addresses(end)
         held = high > low
@@ -88,8 +91,9 @@ class Claims:
                 np.full(int(held.sum()), KINDS.index(kind), np.uint8),
                 column(thread),
                 column(arena),
-                column(self.name_number(name)),
-                column(_numbered(part, self.parts, self._number_of_part)),
+                column(self.name_number(name) if name is None or isinstance(name, str) else name),
+                column(self.part_number(part) if part is None or isinstance(part, str) else part),
+                np.broadcast_to(np.asarray(is_supposed, np.bool_), low.shape)[held],
             )
         )
 
@@ -97,10 +101,15 @@ class Claims:
         """The row of ``names`` that has this name, added where it is new; NOBODY for None."""
         return _numbered(name, self.names, self._number_of_name)
 
+    def part_number(self, part: str | None) -> int:
+        """The row of ``parts`` that is this word, added where it is new; NOBODY for None."""
+        return _numbered(part, self.parts, self._number_of_part)
+
     def columns(self) -> ClaimColumns:
         """All claims, the earlier before the later."""
         empty = np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.uint8)
-        calls = self._calls or [ClaimColumns(*empty, *(np.zeros(0, np.int32) for _ in range(4)))]
+        nobody = np.zeros(0, np.int32)
+        calls = self._calls or [ClaimColumns(*empty, nobody, nobody, nobody, nobody, np.zeros(0, np.bool_))]
         joined = ClaimColumns(
             np.concatenate([call.start for call in calls]),
             np.concatenate([call.end for call in calls]),
@@ -109,6 +118,7 @@ class Claims:
             np.concatenate([call.arena for call in calls]),
             np.concatenate([call.name for call in calls]),
             np.concatenate([call.part for call in calls]),
+            np.concatenate([call.is_supposed for call in calls]),
         )
         self._calls = [joined]
         return joined

@@ -39,14 +39,13 @@ def heap_claims(heap: HeapSnapshot, claims: Claims) -> None:
     )
     for arena in heap.arenas:
         kind, prefix = (MappingKind.MAIN_ARENA, MAIN) if arena.is_main else (MappingKind.ARENA_HEAP, OTHER)
-        for unattributed in arena.unattributed:
-            claims.add(
-                kind,
-                unattributed.range.start,
-                unattributed.range.end,
-                arena=arena.index,
-                part=f"{prefix}_{unattributed.cause}",
-            )
+        claims.add(
+            kind,
+            [unattributed.range.start for unattributed in arena.unattributed],
+            [unattributed.range.end for unattributed in arena.unattributed],
+            arena=arena.index,
+            part=[claims.part_number(f"{prefix}_{unattributed.cause}") for unattributed in arena.unattributed],
+        )
     sub_heaps = [(arena.index, sub_heap) for arena in heap.arenas for sub_heap in arena.sub_heaps]
     address = [sub_heap.address for _, sub_heap in sub_heaps]
     for kind, part, spans in (

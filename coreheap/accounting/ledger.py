@@ -5,7 +5,7 @@ Each mapped byte is in exactly one piece, and each piece in exactly one leaf. Ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,10 +17,13 @@ from coreheap.accounting.heap_claims import CHUNKS, MAIN, OTHER, UNEXPLAINED, he
 from coreheap.accounting.java import java_claims
 from coreheap.accounting.mapping_table import LabelledPieces, labelled_pieces, mapping_table
 from coreheap.accounting.other_allocators import other_allocator_claims
+from coreheap.accounting.region_owners import bss_claims
 from coreheap.accounting.stacks import stack_claims
 from coreheap.corefile import Core
+from coreheap.evidence import Gap
 from coreheap.heap import ChunkState, HeapSnapshot
-from coreheap.mappings import KINDS, MappingKind, MappingTable
+from coreheap.mappings import KINDS, MappingKind, MappingTable, ResidencyBasis
+from coreheap.quantities import format_bytes
 from coreheap.report import LedgerNode
 
 UInt64s = npt.NDArray[np.uint64]
@@ -82,6 +85,7 @@ CLAIMANTS: tuple[Claimant, ...] = (
     ("Java", java_claims),
     ("other allocators", other_allocator_claims),
     ("stacks", stack_claims),
+    ("modules", bss_claims),
 )
 """Who claims memory after the heap; the earlier one wins where two claim the same."""
 
@@ -93,10 +97,14 @@ def attempt_all(name: str, claim: Callable[[], None]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """The same bytes twice: row by row, and summed up."""
+    """The same bytes twice: row by row, and summed up.
+
+    ``gaps``: where the heap's own sums do not fit into what is mapped, and the ledger has less than they say.
+    """
 
     mappings: MappingTable
     ledger: LedgerNode
+    gaps: tuple[Gap, ...] = ()
 
 
 def account_for_memory(
@@ -119,7 +127,17 @@ def account_for_memory(
     for name, claimant in claimants:
         attempt(name, partial(claimant, core, claims))
     labelled = labelled_pieces(core, claims, residency=residency)
-    return Account(mapping_table(labelled), _ledger(labelled, heap))
+    too_many = _TooMany()
+    ledger = _ledger(labelled, heap, too_many)
+    return Account(mapping_table(labelled), ledger, tuple(too_many.gaps()))
+
+
+def no_account() -> Account:
+    """Where nothing could be accounted for."""
+    words, numbers, narrow = np.zeros(0, np.uint64), np.zeros(0, np.int32), np.zeros(0, np.uint8)
+    columns = (words, words, narrow, narrow, numbers, numbers, numbers, words, words, words, words)
+    nodes = (LedgerNode(name, 0) for name, _ in NODES)
+    return Account(MappingTable(*columns, (), ResidencyBasis.UNKNOWN), LedgerNode.of("address_space", *nodes))
 
 
 def build_ledger(core: Core, heap: HeapSnapshot | None) -> LedgerNode:
@@ -155,7 +173,32 @@ class _Sums:
         return LedgerNode(name, mapped, (), committed, saved, low, high)
 
 
-def _ledger(labelled: LabelledPieces, heap: HeapSnapshot | None) -> LedgerNode:
+@dataclass(slots=True)
+class _TooMany:
+    """Bytes of chunks that have no place in what is mapped as the heap's: it is damaged, or the core contradicts itself."""
+
+    byte_count: int = 0
+
+    def cut(self, leaves: Iterable[LedgerNode], room: int) -> list[LedgerNode]:
+        """The leaves, each cut to what those before have left of ``room``."""
+        cut = []
+        for leaf in leaves:
+            kept = min(leaf.bytes, room)
+            self.byte_count += leaf.bytes - kept
+            room -= kept
+            cut.append(replace(leaf, bytes=kept))
+        return cut
+
+    def gaps(self) -> Iterator[Gap]:
+        if self.byte_count:
+            yield Gap(
+                "chunks_not_mapped",
+                f"the heap's chunks add up to {format_bytes(self.byte_count)} more than is mapped for them: the ledger leaves these"
+                " out, and sums over chunks are too large",
+            )
+
+
+def _ledger(labelled: LabelledPieces, heap: HeapSnapshot | None, too_many: _TooMany) -> LedgerNode:
     of_part = _Sums.by(labelled.part, len(labelled.parts), labelled)
     of_kind = _Sums.by(labelled.kind.astype(np.intp), len(KINDS), labelled)
     nodes = [_node_of_kinds(name, kinds, labelled, of_kind) for name, kinds in NODES]
@@ -163,7 +206,7 @@ def _ledger(labelled: LabelledPieces, heap: HeapSnapshot | None) -> LedgerNode:
         return LedgerNode.of("address_space", *nodes)
     parts = [of_part.node(part, row) for row, part in enumerate(labelled.parts)]
     mmapped = of_kind.node("mmapped_chunks", KINDS.index(MappingKind.MMAPPED_CHUNK))
-    return LedgerNode.of("address_space", _malloc_node(heap, parts, mmapped), *nodes)
+    return LedgerNode.of("address_space", _malloc_node(heap, parts, mmapped, too_many), *nodes)
 
 
 def _node_of_kinds(name: str, kinds: tuple[MappingKind, ...], labelled: LabelledPieces, of_kind: _Sums) -> LedgerNode:
@@ -184,26 +227,29 @@ def _node_of_kinds(name: str, kinds: tuple[MappingKind, ...], labelled: Labelled
     return LedgerNode.of(name, *(of_kind.node(kind.value, KINDS.index(kind)) for kind in kinds))
 
 
-def _malloc_node(heap: HeapSnapshot, parts: list[LedgerNode], mmapped: LedgerNode) -> LedgerNode:
+def _malloc_node(heap: HeapSnapshot, parts: list[LedgerNode], mmapped: LedgerNode, too_many: _TooMany) -> LedgerNode:
     """Below malloc: the main arenas, all other arenas together, and mmapped chunks.
 
-    The chunk states of an arena add up to its chunk regions by construction; a difference (regions that overlap other
-    claims in a hostile core) shows as unexplained.
+    The chunk states of an arena add up to its chunk regions by construction. In a damaged or hostile core they may be less, which
+    shows as unexplained, or more (regions that overlap other claims): then they are cut.
     """
 
     def arena_node(name: str, prefix: str, is_main: bool) -> LedgerNode:
         own = [part for part in parts if part.name.startswith(f"{prefix}_")]
         by_name = {part.name.removeprefix(f"{prefix}_"): part for part in own}
-        states = [
-            LedgerNode(
-                state.label,
-                sum(arena.totals[state].chunk_bytes for arena in heap.arenas if arena.is_main is is_main),
-            )
-            for state in CHUNK_STATES_IN_ORDER
-        ]
+        walked = sum(by_name[word].bytes for word in (CHUNKS, UNEXPLAINED) if word in by_name)
+        states = too_many.cut(
+            (
+                LedgerNode(
+                    state.label,
+                    sum(arena.totals[state].chunk_bytes for arena in heap.arenas if arena.is_main is is_main),
+                )
+                for state in CHUNK_STATES_IN_ORDER
+            ),
+            walked,
+        )
         rest = [replace(part, name=word) for word, part in by_name.items() if word not in (CHUNKS, UNEXPLAINED)]
         chunk_bytes = sum(node.bytes for node in states)
-        walked = sum(by_name[word].bytes for word in (CHUNKS, UNEXPLAINED) if word in by_name)
         return replace(
             LedgerNode.of(name, *own), children=(*states, *rest, LedgerNode(UNEXPLAINED, walked - chunk_bytes))
         )
@@ -212,14 +258,11 @@ def _malloc_node(heap: HeapSnapshot, parts: list[LedgerNode], mmapped: LedgerNod
         heap.mmapped_totals[state].usable_bytes if state in heap.mmapped_totals else 0
         for state in (ChunkState.IN_USE, ChunkState.TCACHE)
     )
-    states_of_mmapped = (
-        LedgerNode("in_use", in_use),
-        LedgerNode("tcache", cached),
-        LedgerNode("overhead", mmapped.bytes - in_use - cached),
-    )
+    of_mmapped = too_many.cut((LedgerNode("in_use", in_use), LedgerNode("tcache", cached)), mmapped.bytes)
+    overhead = LedgerNode("overhead", mmapped.bytes - sum(node.bytes for node in of_mmapped))
     return LedgerNode.of(
         "malloc",
         arena_node("main_arena", MAIN, True),
         arena_node("other_arenas", OTHER, False),
-        replace(mmapped, children=states_of_mmapped),
+        replace(mmapped, children=(*of_mmapped, overhead)),
     )

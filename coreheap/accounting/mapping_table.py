@@ -19,11 +19,12 @@ from coreheap.corefile.kinds import WRITE
 from coreheap.corefile.regions import Backing
 from coreheap.corefile.residency import (
     ByteRuns,
-    holes_are_the_kernels,
+    kernels_holes,
     pages_with_content,
     saved_runs,
     stored_pieces,
 )
+from coreheap.evidence import Confidence, Strength
 from coreheap.mappings import KINDS, UNKNOWN_FLAGS, MappingKind, MappingTable, ResidencyBasis
 
 UInt64s = npt.NDArray[np.uint64]
@@ -48,6 +49,10 @@ NEVER_HIDDEN_KINDS = (
 """Whose owner asks for no MADV_DONTDUMP: of others (secure heaps do) memory without access may hold something."""
 
 
+HOLES_SURE = {Strength.PROOF: Confidence.CERTAIN, Strength.SOLID: Confidence.PLAUSIBLE}
+"""A solid fact, and what else would look like it: a copy in large blocks that kept the holes of the original."""
+
+
 @dataclass(frozen=True, slots=True)
 class LabelledPieces:
     """Pieces with all that is known of them: columns as in MappingTable, and ``part`` (int32, a row of ``parts``, or NOBODY)."""
@@ -66,6 +71,8 @@ class LabelledPieces:
     names: tuple[str, ...]
     parts: tuple[str, ...]
     basis: ResidencyBasis
+    residency_confidence: Confidence
+    is_supposed: Bools
 
 
 def labelled_pieces(core: Core, claims: Claims, *, residency: bool = True) -> LabelledPieces:
@@ -80,7 +87,7 @@ def labelled_pieces(core: Core, claims: Claims, *, residency: bool = True) -> La
     kind = _claimed_or(columns.kind, owners.kind[pieces.region], pieces)
     nobody = np.full(len(pieces.region), NOBODY, np.int32)
     saved = saved_runs(memory).bytes_within(pieces.start, pieces.end)
-    basis, low, high = _resident(core, pieces, kind, saved, residency)
+    basis, sure, low, high = _resident(core, pieces, kind, saved, residency)
     size = pieces.end - pieces.start
     no_header = memory.region_segment[pieces.region] < 0
     flags = np.where(no_header, np.uint8(UNKNOWN_FLAGS), memory.region_flags[pieces.region])
@@ -88,7 +95,7 @@ def labelled_pieces(core: Core, claims: Claims, *, residency: bool = True) -> La
         pieces=pieces,
         kind=kind,
         flags=flags,
-        thread=_claimed_or(columns.thread, owners.thread[pieces.region], pieces),
+        thread=_claimed_or(columns.thread, nobody, pieces),
         arena=_claimed_or(columns.arena, nobody, pieces),
         name=_names(columns, owners, pieces),
         part=_claimed_or(columns.part, nobody, pieces),
@@ -99,6 +106,8 @@ def labelled_pieces(core: Core, claims: Claims, *, residency: bool = True) -> La
         names=tuple(claims.names),
         parts=tuple(claims.parts),
         basis=basis,
+        residency_confidence=sure,
+        is_supposed=_claimed_or(columns.is_supposed, np.zeros(len(pieces.region), np.bool_), pieces),
     )
 
 
@@ -131,7 +140,18 @@ def mapping_table(labelled: LabelledPieces) -> MappingTable:
         resident_high=total(labelled.resident_high),
         names=labelled.names,
         basis=labelled.basis,
+        residency_confidence=labelled.residency_confidence,
+        supposed_bytes=_supposed_bytes(labelled),
     )
+
+
+def _supposed_bytes(labelled: LabelledPieces) -> dict[MappingKind, int]:
+    """By kind how many committed bytes are told by their place alone."""
+    kinds = np.unique(labelled.kind[labelled.is_supposed]).tolist()
+    return {
+        KINDS[kind]: int(labelled.committed_bytes[labelled.is_supposed & (labelled.kind == kind)].sum())
+        for kind in kinds
+    }
 
 
 def _claimed_or(claimed: npt.NDArray[Number], otherwise: npt.NDArray[Number], pieces: Pieces) -> npt.NDArray[Number]:
@@ -142,15 +162,15 @@ def _claimed_or(claimed: npt.NDArray[Number], otherwise: npt.NDArray[Number], pi
 
 
 def _names(columns: ClaimColumns, owners: RegionOwners, pieces: Pieces) -> npt.NDArray[np.int32]:
-    """The claim's name, else the region's; malloc's own memory and stacks have the name of the file below them, if one is."""
-    of_region = owners.name[pieces.region]
-    return _claimed_or(columns.name, of_region, pieces)
+    """The claim's name, none included, else the region's."""
+    return _claimed_or(columns.name, owners.name[pieces.region], pieces)
 
 
 def _resident(
     core: Core, pieces: Pieces, kind: npt.NDArray[np.uint8], saved: UInt64s, look: bool
-) -> tuple[ResidencyBasis, UInt64s, UInt64s]:
-    """What is known of which pages were in memory: on what it rests, and at least and at most how many bytes of each piece.
+) -> tuple[ResidencyBasis, Confidence, UInt64s, UInt64s]:
+    """What is known of which pages were in memory: on what it rests, how sure that is, and at least and at most how many bytes
+    of each piece.
 
     Only private anonymous memory is told by the core: pages of files and of shared memory are read in by the dump itself.
     """
@@ -158,7 +178,7 @@ def _resident(
     size = pieces.end - pieces.start
     low, high = np.zeros(len(size), np.uint64), size.copy()
     if not look:
-        return ResidencyBasis.UNKNOWN, low, high
+        return ResidencyBasis.UNKNOWN, Confidence.CERTAIN, low, high
     region = pieces.region
     anonymous = memory.region_file_index[region] < 0
     if not len(memory.mapped_files):
@@ -167,12 +187,13 @@ def _resident(
     anonymous &= kind != KINDS.index(MappingKind.KERNEL_PAGES)
     rows = np.flatnonzero(anonymous & (saved > 0))
     if not len(rows):
-        return ResidencyBasis.UNKNOWN, low, high
+        return ResidencyBasis.UNKNOWN, Confidence.CERTAIN, low, high
     stored = stored_pieces(memory, pieces.start[rows], pieces.end[rows])
     stored_bytes = ByteRuns(stored.start, stored.end).bytes_within(pieces.start[rows], pieces.end[rows])
     missing = size[rows] - saved[rows]
     basis = ResidencyBasis.ZERO_PAGES
-    if holes_are_the_kernels(memory, stored):
+    holes = kernels_holes(memory)
+    if holes is not None:
         high[rows] = stored_bytes + missing
         if memory.hole_granularity <= memory.page_bytes:
             basis = ResidencyBasis.HOLES
@@ -191,4 +212,4 @@ def _resident(
             & (memory.region_backing[region] == Backing.NOT_SAVED)
         )
         high[never_written] = 0
-    return basis, low, high
+    return basis, Confidence.CERTAIN if holes is None else HOLES_SURE[holes], low, high

@@ -12,16 +12,13 @@ import numpy as np
 
 from coreheap.accounting.claims import NOBODY, Claims
 from coreheap.corefile import Core
+from coreheap.corefile.bss import module_bss
 from coreheap.corefile.kinds import EXECUTE, READ, WRITE
 from coreheap.corefile.regions import left_of, without_overlap
-from coreheap.corefile.stacks import Stack, Stacks, StackSource, find_stacks
+from coreheap.corefile.stacks import LARGEST_SUPPOSED_STACK_BYTES, Stack, Stacks, StackSource, find_stacks
 from coreheap.corefile.thread_stacks import ended_stacks
 from coreheap.corefile.thread_storage import thread_storage
 from coreheap.mappings import MappingKind
-from coreheap.quantities import MIB
-
-LARGEST_STACK_BYTES = 64 * MIB
-"""A mapping of which no more is known than that a thread runs in it is taken for a stack as a whole up to this size."""
 
 Ranges = list[tuple[int, int, int]]
 """Start, end and thread of each."""
@@ -35,18 +32,24 @@ def stack_claims(core: Core, claims: Claims, stacks: Stacks | None = None) -> No
     _claim(claims, MappingKind.TLS, _thread_local_storage(core, stacks))
     signal_stacks = [(*stack.signal_stack, stack.thread) for stack in own if stack.signal_stack is not None]
     _claim(claims, MappingKind.SIGNAL_STACK, signal_stacks)
-    of_threads = [stack for stack in own if stack.source is not StackSource.INITIAL_STACK]
-    _claim(claims, MappingKind.THREAD_STACK, [(stack.start, stack.end, stack.thread) for stack in of_threads])
+    _claim(claims, MappingKind.THREAD_STACK, _of_source(own, StackSource.DESCRIPTOR))
     if stacks.initial is not None:
         owner = next((stack.thread for stack in own if stack.source is StackSource.INITIAL_STACK), NOBODY)
         _claim(claims, MappingKind.MAIN_STACK, [(*stacks.initial, owner)])
-    _claim(claims, MappingKind.THREAD_STACK, _by_stack_pointer(core, stacks))
+    _claim(claims, MappingKind.THREAD_STACK, _of_source(own, StackSource.MAPPING), is_supposed=True)
+    _claim(claims, MappingKind.THREAD_STACK, _by_stack_pointer(core, stacks), is_supposed=True)
     _claim_ended(core, claims, stacks)
 
 
-def _claim(claims: Claims, kind: MappingKind, ranges: Sequence[tuple[int, int, int]]) -> None:
+def _claim(
+    claims: Claims, kind: MappingKind, ranges: Sequence[tuple[int, int, int]], *, is_supposed: bool = False
+) -> None:
     start, end, thread = zip(*ranges, strict=True) if ranges else ((), (), ())
-    claims.add(kind, start, end, thread=thread)
+    claims.add(kind, start, end, thread=thread, is_supposed=is_supposed)
+
+
+def _of_source(stacks: Iterable[Stack], source: StackSource) -> Ranges:
+    return [(stack.start, stack.end, stack.thread) for stack in stacks if stack.source is source]
 
 
 def _guards(stacks: Iterable[Stack]) -> Ranges:
@@ -70,8 +73,11 @@ def _thread_local_storage(core: Core, stacks: Stacks) -> Ranges:
 
 
 def _by_stack_pointer(core: Core, stacks: Stacks) -> Ranges:
-    """Mappings in which threads run, and of which no more is known: coroutines, stacks side by side without descriptors."""
-    memory = core.memory
+    """Mappings in which threads run, and of which no more is known: coroutines, stacks side by side without descriptors.
+
+    Not what is larger than stacks are, or partly a module's: who knows what else lies there.
+    """
+    memory, bss = core.memory, module_bss(core)
     threads_of: dict[int, list[int]] = {}
     for thread in core.threads:
         if thread.index not in stacks.by_thread or thread.index in stacks.elsewhere:
@@ -81,7 +87,7 @@ def _by_stack_pointer(core: Core, stacks: Stacks) -> Ranges:
     found: Ranges = []
     for region, threads in threads_of.items():
         start, end = int(memory.region_start[region]), int(memory.region_end[region])
-        if end - start <= LARGEST_STACK_BYTES * len(threads):
+        if end - start <= LARGEST_SUPPOSED_STACK_BYTES * len(threads) and not bss.meets(start, end):
             found.append((start, end, threads[0] if len(threads) == 1 else NOBODY))
     return found
 

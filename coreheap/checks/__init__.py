@@ -5,7 +5,9 @@ from __future__ import annotations
 from coreheap.checks import (
     accumulation,
     allocator_abort,
+    allocator_locked,
     arena_bloat,
+    corruption,
     fragmentation,
     leaks,
     other_allocator,
@@ -22,6 +24,8 @@ CHECKS = (
     Check("partial core", partial_core.findings),
     Check("other allocator", other_allocator.findings),
     Check("allocator abort", allocator_abort.findings),
+    Check("corruption", corruption.findings),
+    Check("allocator locked", allocator_locked.findings),
     Check("arena bloat", arena_bloat.findings),
     Check("retained free", retained_free.findings),
     Check("pinned heap", pinned_heap.findings),

@@ -63,7 +63,9 @@ def findings(case: Case) -> tuple[Finding, ...]:
         return ()
     without_thread = sum(not arena.threads for arena in arenas)
     threads = len(case.core.threads)
-    severe = free >= WARNING_FREE_BYTES or reserved >= WARNING_RESERVED_BYTES
+    # Address space is short only where there are 4 GiB of it.
+    crowded = case.core.word_bytes == 4 and reserved >= WARNING_RESERVED_BYTES
+    severe = _kept_bytes(case, arenas, free) >= WARNING_FREE_BYTES or crowded
     return (
         Finding(
             code="ARENA-BLOAT",
@@ -85,8 +87,7 @@ def findings(case: Case) -> tuple[Finding, ...]:
             ),
             evidence=(*_evidence(heap, len(arenas), len(sub_heaps), committed), *_reasoning(case)),
             next_steps=(
-                "set MALLOC_ARENA_MAX=2 (or the tunable glibc.malloc.arena_max) and restart; threads then share arenas"
-                " and may wait for each other's locks: compare throughput",
+                *_fewer_arenas(heap, severe=severe),
                 "on a live process compare the 64 MiB blocks in pmap -x PID: RSS, not the mapped size, is what counts",
                 "malloc_trim(0), called in the process, gives back whole free pages of every arena (glibc 2.8+)",
             ),
@@ -96,6 +97,31 @@ def findings(case: Case) -> tuple[Finding, ...]:
             ),
         ),
     )
+
+
+def _kept_bytes(case: Case, arenas: list[Arena], free: int) -> int:
+    """What of the free bytes was not given back already, as far as the core shows."""
+    report = case.free_memory
+    if report is None:
+        return free
+    heaps = [heap for arena in arenas for heap in report.arenas[arena.index].heaps]
+    return sum(heap.free_resident_high + heap.tcache_bytes + heap.unlisted_bytes for heap in heaps)
+
+
+def _fewer_arenas(heap: HeapSnapshot, *, severe: bool) -> Iterator[str]:
+    """The setting that makes fewer arenas, where the release has it and memory is at stake."""
+    if heap.parameters is not None and heap.parameters.value("arena_max") is None:
+        yield "this release of glibc has no limit of arenas: fewer threads that allocate, or a newer release"
+    elif severe:
+        yield (
+            "set MALLOC_ARENA_MAX=2 (or the tunable glibc.malloc.arena_max) and restart; threads then share arenas"
+            " and may wait for each other's locks: compare throughput"
+        )
+    else:
+        yield (
+            "nothing has to be done as long as address space is not limited (ulimit -v): MALLOC_ARENA_MAX=2 and a restart would make"
+            " fewer arenas, at the price of threads that wait for each other's locks"
+        )
 
 
 def _what_if(case: Case, arenas: list[Arena]) -> Iterator[Quantity]:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from coreheap.checks.free_memory_causes import Cause, has_cause, trim_evidence, trim_quantities, walk_evidence
+from collections.abc import Iterator
+
+from coreheap.checks.free_memory_causes import (
+    Cause,
+    FreeMemory,
+    can_trim,
+    has_cause,
+    trim_evidence,
+    trim_quantities,
+    trim_step,
+    walk_evidence,
+)
 from coreheap.checks.protocol import Case
 from coreheap.evidence import confidence_from
 from coreheap.quantities import format_bytes
@@ -15,7 +26,7 @@ def findings(case: Case) -> tuple[Finding, ...]:
     if memory is None or case.heap is None or case.free_memory is None:
         return ()
     worst = max(memory.heaps, key=lambda heap: heap.shared_page_bytes)
-    statement = f"{format_bytes(memory.shared_page_bytes)} of {format_bytes(memory.free_bytes)} free memory share a page with live chunks"
+    statement = f"{format_bytes(memory.shared_page_bytes)} of {format_bytes(memory.free_bytes)} free memory share a page with chunks that are in use or cached"
     evidence, doubts = walk_evidence(statement, case.heap)
     return (
         Finding(
@@ -38,7 +49,7 @@ def findings(case: Case) -> tuple[Finding, ...]:
                 " into pools or arenas of their own, so that pages become free as a whole; costs a change of the program",
                 "an allocator that keeps sizes apart (jemalloc, tcmalloc, mimalloc by LD_PRELOAD) wastes other memory and spreads less:"
                 " compare Pss of both in /proc/PID/smaps_rollup under the same load",
-                "a restart, or handing work to processes that end, is the only way to lower RSS now: malloc_trim does not help here",
+                *_lowering(memory),
             ),
             weakened_by=(
                 "free chunks that the program will use again are no loss: compare two cores, or mallinfo2().fordblks over time",
@@ -46,3 +57,13 @@ def findings(case: Case) -> tuple[Finding, ...]:
             ),
         ),
     )
+
+
+def _lowering(memory: FreeMemory) -> Iterator[str]:
+    """What lowers RSS of the process as it is."""
+    restart = "a restart, or handing work to processes that end, is the only way to"
+    if can_trim(memory):
+        yield trim_step(memory.trim)
+        yield f"{restart} give back the rest, {format_bytes(memory.shared_page_bytes)} on shared pages"
+    else:
+        yield f"{restart} lower RSS now: malloc_trim does not help here"

@@ -18,7 +18,7 @@ from coreheap.checks import arena_bloat
 from coreheap.checks.protocol import Case
 from coreheap.doubts import Doubt, heap_doubts
 from coreheap.evidence import Evidence, Strength
-from coreheap.free_memory import FreeMemoryReport, HeapFreeMemory, PinChain, TrimEstimate
+from coreheap.free_memory import FreeMemoryReport, HeapFreeMemory, PinChain, TopStays, TrimEstimate
 from coreheap.heap import Arena, HeapSnapshot
 from coreheap.mappings import ResidencyBasis
 from coreheap.quantities import MIB, format_bounds, format_bytes
@@ -30,6 +30,9 @@ SMALLEST_SHARE = 0.25
 WARNING_BYTES = 64 * MIB
 WARNING_SHARE = 0.5
 """Free share of the arenas' memory from which, with WARNING_BYTES, it is a warning and not a remark."""
+
+WORTH_A_TRIM = 0.05
+"""Share of the kept memory from which a trim is advised although another cause explains most of it."""
 
 DOMINATES = 0.5
 """Share of the free memory that a cause has to explain to give the finding."""
@@ -71,13 +74,9 @@ class FreeMemory:
     pinned_heaps: int
 
     @property
-    def given_back_bytes(self) -> int:
-        return self.trim.bytes - min(self.trim.resident_high, self.trim.bytes)
-
-    @property
     def held_bytes(self) -> int:
         """All chunks of these arenas, less what was given back."""
-        return self.walked_bytes - self.given_back_bytes
+        return self.walked_bytes - self.trim.given_back_bytes
 
     @property
     def severity(self) -> Severity:
@@ -116,9 +115,9 @@ def _sums(report: FreeMemoryReport, arenas: tuple[Arena, ...]) -> FreeMemory:
         sum(chain.gained_bytes for chain in pinned),
         sum(chain.chunk_count for chain in pinned),
         sum(chain.chunk_bytes for chain in pinned),
+        sum(chain.cached_count or 0 for chain in pinned),
     )
-    given_back = trim.bytes - min(trim.resident_high, trim.bytes)
-    kept = free - given_back
+    kept = free - trim.given_back_bytes
     if cached >= HOARD_BYTES and cached >= DOMINATES * (kept + cached):
         cause = Cause.CACHED
     elif shared >= DOMINATES * kept:
@@ -145,6 +144,12 @@ def _sums(report: FreeMemoryReport, arenas: tuple[Arena, ...]) -> FreeMemory:
 def is_pinned(heap: HeapFreeMemory) -> bool:
     """Whether few small live chunks keep most of a heap's free memory from its end."""
     pins = heap.pins
+    if heap.top_stays is TopStays.NOT_AT_BREAK:
+        return False  # Its end cannot go back, whatever is freed.
+    if heap.top_stays is TopStays.NO_TOP and (
+        heap.live_count > FEW_PINS or heap.live_bytes * SMALL_PINS > pins.gained_bytes
+    ):
+        return False  # An older sub-heap goes back only as a whole.
     return (
         0 < pins.chunk_count <= FEW_PINS
         and pins.gained_bytes >= SMALL_PINS * pins.chunk_bytes
@@ -171,6 +176,11 @@ def trim_evidence(trim: TrimEstimate, basis: ResidencyBasis) -> Evidence:
         "free chunks page by page",
         Strength.SOLID,
     )
+
+
+def can_trim(memory: FreeMemory) -> bool:
+    """Whether malloc_trim(0) could lower RSS by a part of the free memory that is worth the call."""
+    return memory.trim.resident_high >= WORTH_A_TRIM * memory.kept_bytes
 
 
 def trim_step(trim: TrimEstimate) -> str:

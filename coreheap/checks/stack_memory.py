@@ -32,6 +32,8 @@ RESERVED_32_BIT = 1 * GIB
 GAP_BELOW_MAIN_STACK = 1 * MIB
 """stack_guard_gap: 256 pages that the kernel keeps free below a stack that grows (mm/mmap.c)."""
 SEGMENTATION_FAULT = 11
+NEAR_THE_END = 64 << 10
+"""How far above its stack's end a stack pointer may be when the next frame meets the guard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,10 @@ def findings(case: Case) -> tuple[Finding, ...]:
     if not threads:
         return ()
     sums = _sums(threads, case.mappings)
-    deepest = max(threads, key=lambda thread: thread.stack_used_bytes or 0)
-    deepest_bytes = deepest.stack_used_bytes or 0
+    # What lies above a stack pointer in a mapping of anyone's need not be its stack.
+    described = [thread for thread in threads if thread.stack_source != "mapping"]
+    deepest = max(described or threads, key=lambda thread: thread.stack_used_bytes or 0)
+    deepest_bytes = deepest.stack_used_bytes or 0 if described else 0
     overflowed = _overflowed(case, threads)
     share, resident = sums.share, sums.resident_bytes or 0
     is_large = share is not None and resident >= LARGE_BYTES and share >= LARGE_SHARE
@@ -72,7 +76,7 @@ def findings(case: Case) -> tuple[Finding, ...]:
     nearly_full = nearly_full and deepest.stack_source == "descriptor"
     severe = is_large and resident >= WARNING_BYTES and (share or 0) >= WARNING_SHARE
     warns = severe or nearly_full or is_crowded or overflowed is not None
-    evidence = _evidence(case, threads, sums, rests_on_pages=is_large and not is_deep)
+    evidence = _evidence(case, threads, sums, overflowed, rests_on_pages=is_large and not is_deep)
     return (
         Finding(
             code="STACK-MEMORY",
@@ -90,7 +94,9 @@ def findings(case: Case) -> tuple[Finding, ...]:
                 Quantity("deepest_thread", deepest.index, Unit.COUNT),
                 Quantity("deepest_used_bytes", deepest.stack_used_bytes, Unit.BYTES),
                 Quantity("deepest_start", deepest.start_routine or deepest.name, Unit.TEXT),
-                Quantity("deep_threads", sum((one.stack_used_bytes or 0) > DEEP_BYTES for one in threads), Unit.COUNT),
+                Quantity(
+                    "deep_threads", sum((one.stack_used_bytes or 0) > DEEP_BYTES for one in described), Unit.COUNT
+                ),
                 *(() if overflowed is None else (Quantity("overflowed_thread", overflowed, Unit.COUNT),)),
                 Quantity("ended_stack_bytes", sums.ended_bytes, Unit.BYTES),
                 Quantity("ended_stack_resident_bytes", sums.ended_resident_bytes, Unit.BYTES),
@@ -120,20 +126,22 @@ def _sums(threads: Sequence[ThreadSummary], mappings: MappingTable | None) -> _S
 
 
 def _overflowed(case: Case, threads: Sequence[ThreadSummary]) -> int | None:
-    """The thread whose guard the fault that ended the process hit."""
+    """The thread that ran out of its stack: it took the fault, in its own guard, with its stack pointer at the stack's end.
+
+    A fault in another thread's guard is a stray write, and says nothing of that thread.
+    """
     process = case.core.process
-    if process.signal != SEGMENTATION_FAULT or process.fault_address is None:
+    crashed = next((thread for thread in threads if thread.index == 0), None)
+    if process.signal != SEGMENTATION_FAULT or process.fault_address is None or crashed is None:
         return None
-    for thread in threads:
-        start = thread.stack_start or 0
-        guard = GAP_BELOW_MAIN_STACK if thread.stack_source == "initial_stack" else thread.guard_bytes or 0
-        if start - guard <= process.fault_address < start:
-            return thread.index
-    return None
+    start = crashed.stack_start or 0
+    guard = GAP_BELOW_MAIN_STACK if crashed.stack_source == "initial_stack" else crashed.guard_bytes or 0
+    is_at_end = crashed.stack_pointer is not None and crashed.stack_pointer < start + NEAR_THE_END
+    return crashed.index if is_at_end and start - guard <= process.fault_address < start else None
 
 
 def _evidence(
-    case: Case, threads: Sequence[ThreadSummary], sums: _Sums, *, rests_on_pages: bool
+    case: Case, threads: Sequence[ThreadSummary], sums: _Sums, overflowed: int | None, *, rests_on_pages: bool
 ) -> tuple[Evidence, ...]:
     described = sum(thread.stack_source != "mapping" for thread in threads)
     facts = [
@@ -143,6 +151,15 @@ def _evidence(
             Strength.PROOF if described else Strength.HINT,
         )
     ]
+    if overflowed is not None:
+        facts.append(
+            Evidence(
+                f"the fault lies in the guard of the stack of thread {overflowed}, which took it with its stack pointer there",
+                "signal information and registers",
+                Strength.SOLID,
+                case.core.process.fault_address,
+            )
+        )
     if sums.resident_bytes is not None:
         facts.append(
             Evidence(

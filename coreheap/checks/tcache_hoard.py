@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coreheap.checks.free_memory_causes import Cause, has_cause, trim_quantities, walk_evidence
+from coreheap.checks.free_memory_causes import Cause, can_trim, has_cause, trim_quantities, trim_step, walk_evidence
 from coreheap.checks.protocol import Case
 from coreheap.evidence import confidence_from
 from coreheap.quantities import format_bytes, format_count
@@ -18,7 +18,7 @@ def findings(case: Case) -> tuple[Finding, ...]:
     caches = [cache for cache in heap.thread_caches if cache.count]
     largest = max(caches, key=lambda cache: cache.chunk_bytes, default=None)
     parameters = heap.parameters
-    statement = f"{format_count(len(caches))} tcaches hold {format_bytes(memory.tcache_bytes)}"
+    statement = f"tcaches hold {format_bytes(memory.tcache_bytes)} of {format_count(len(memory.arenas))} arenas"
     evidence, doubts = walk_evidence(statement, heap)
     return (
         Finding(
@@ -43,7 +43,9 @@ def findings(case: Case) -> tuple[Finding, ...]:
                 " arena's lock, measure throughput; glibc.malloc.tcache_max=BYTES keeps large blocks out. coreheap threads CORE"
                 " on a new core shows what each tcache then holds",
                 "fewer threads, or threads that end: a tcache is emptied when its thread exits",
-                "malloc_trim(0) does not touch tcaches: it will not help here",
+                "malloc_trim(0) does not touch tcaches: it will not help here"
+                if not can_trim(memory)
+                else f"{trim_step(memory.trim)}; it does not touch tcaches",
             ),
             weakened_by=(
                 "threads that go on working use these blocks again; only idle ones hoard",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,11 @@ SMALLEST_SHARE = 0.1
 """Share of what the arenas hold that stays because of the thresholds, from which it is worth a word."""
 WARNING_BYTES = 64 * MIB
 WARNING_SHARE = 0.25
+
+MERGED_FOR_EACH = 16
+"""Bytes that grew together for each byte of a block that is seen to be large: at a peak there were more of these."""
+MANY_MAPPINGS = 30_000
+"""Half of vm.max_map_count's default, 65530, and of mp_.n_mmaps_max, 65536."""
 
 _FREE = np.array([*LISTED_FREE_STATES, ChunkState.FREE_UNLISTED], np.uint8)
 
@@ -99,10 +105,11 @@ def _count_blocks(heap: HeapSnapshot, arena: Arena, ratchet: _Ratchet, result: _
     result.live_bytes += int(chunk_bytes[is_live].sum())
     result.free_count += int(np.count_nonzero(is_free & is_below))
     result.free_bytes += int(chunk_bytes[is_free & is_below].sum())
+    # Larger than any block that malloc takes from a heap: neighbours that grew together. Small ones do so as well, so they count
+    # in proportion to the large blocks that are seen to come from this heap.
+    large_bytes = int(chunk_bytes[is_live].sum()) + int(chunk_bytes[is_free & is_below].sum())
     if np.any(is_live):
-        # Larger than any block that malloc takes from a heap: neighbours that grew together. They count where
-        # such blocks are seen to come from the heap; small ones grow together as well.
-        result.merged_bytes += int(chunk_bytes[is_free & ~is_below].sum())
+        result.merged_bytes += min(int(chunk_bytes[is_free & ~is_below].sum()), MERGED_FOR_EACH * large_bytes)
 
 
 def _count_top(arena: Arena, ratchet: _Ratchet, result: _Consequence) -> None:
@@ -140,10 +147,7 @@ def _finding(heap: HeapSnapshot, ratchet: _Ratchet, kept: _Consequence) -> Findi
         ),
         evidence=evidence,
         next_steps=(
-            f"MALLOC_MMAP_THRESHOLD_={first} in the environment (or mallopt(M_MMAP_THRESHOLD,"
-            f" {first}), or from glibc 2.25 on GLIBC_TUNABLES=glibc.malloc.mmap_threshold={first}),"
-            " then restart: it fixes the thresholds, so that large blocks go back when they are freed; each of them then"
-            " costs an mmap, an munmap and its page faults",
+            *_fixing(first, kept),
             "to see what that costs: strace -c -f -e trace=mmap,munmap,brk -p PID, perf stat -e page-faults -p PID",
             "to see that it helps: malloc_stats() or malloc_info(0, stdout) in the process, system bytes against in use"
             " bytes, before and after; malloc_trim(0) shows at once what can go back",
@@ -156,6 +160,23 @@ def _finding(heap: HeapSnapshot, ratchet: _Ratchet, kept: _Consequence) -> Findi
             *(doubt.text for doubt in doubts),
         ),
     )
+
+
+def _fixing(first: int, kept: _Consequence) -> Iterator[str]:
+    """How to fix the thresholds."""
+    if kept.live_count < MANY_MAPPINGS:
+        yield (
+            f"MALLOC_MMAP_THRESHOLD_={first} in the environment (or mallopt(M_MMAP_THRESHOLD,"
+            f" {first}), or from glibc 2.25 on GLIBC_TUNABLES=glibc.malloc.mmap_threshold={first}),"
+            " then restart: it fixes the thresholds, so that large blocks go back when they are freed; each of them then"
+            " costs an mmap, an munmap and its page faults"
+        )
+    else:
+        yield (
+            f"MALLOC_MMAP_THRESHOLD_=BYTES with some more than {first} and a restart fixes the thresholds; not {first} itself: of"
+            f" {format_count(kept.live_count)} live large blocks each would be a mapping, and a process has at most"
+            " vm.max_map_count of these (65530), malloc at most 65536 (M_MMAP_MAX); new thread stacks would fail then"
+        )
 
 
 def _evidence(heap: HeapSnapshot, ratchet: _Ratchet, kept: _Consequence) -> tuple[Evidence, ...]:

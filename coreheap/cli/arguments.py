@@ -46,6 +46,9 @@ TABLE_COMMANDS = ("arenas", "heaps", "chunks", "bins", "threads", "maps", "leaks
 ADDRESS_COMMANDS = ("explain", "owners")
 """Commands that answer for addresses: text, or a JSON line for each."""
 
+FAIL_ON_COMMANDS = ("analyze", "check")
+"""Commands with findings, whose exit code --fail-on decides."""
+
 REFERENCE_COMMANDS = ("leaks", "explain", "owners", "top")
 """Commands that need the reference graph."""
 
@@ -276,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _exit_codes(command: str) -> str:
     """The exit codes that a command can give, as its help says them."""
-    lines = (line for line in _EXIT_CODES if command == "analyze" or "--fail-on" not in line)
+    lines = (line for line in _EXIT_CODES if command in FAIL_ON_COMMANDS or "--fail-on" not in line)
     return "\n".join(("exit codes:", *lines))
 
 
@@ -290,13 +293,15 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         _add_chunk_filters(parser)
     elif command == "maps":
         _add_map_options(parser)
-    elif command in ("leaks", "analyze", *ADDRESS_COMMANDS):
+    elif command in ("leaks", "analyze", "check", *ADDRESS_COMMANDS):
         _add_reference_options(parser, command)
     result = parser.add_argument_group("result")
     formats = ("text", "json", "csv") if is_table else ("text", "json")
     form = result.add_mutually_exclusive_group()
     form.add_argument("--format", choices=formats, default="text", help="how to write the result (text)")
     json_help = "all rows as JSON lines" if is_table else "the whole report as one JSON document"
+    if command == "check":
+        json_help = "the result as one JSON document"
     if is_asked:
         json_help = "a JSON line for each address"
     form.add_argument("--json", action="store_const", dest="format", const="json", help=json_help)
@@ -307,12 +312,12 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         "-o", dest="output", metavar="FILE", help="write to FILE, whole or not at all (standard output)"
     )
     top_help = "rows to show, largest first (50)" if is_table else "arenas to show, largest first (10)"
-    if is_asked:
+    if is_asked or command == "check":
         result.set_defaults(top=None)
     else:
         result.add_argument("--top", metavar="N", type=_worded(_positive), help=top_help)
     result.add_argument("--no-color", dest="color", action="store_false", help="no colours; NO_COLOR=1 says the same")
-    if command == "analyze":
+    if command in FAIL_ON_COMMANDS:
         result.add_argument("--fail-on", choices=SEVERITIES, help="exit with 1 when a finding is at least this severe")
     result.add_argument("--strict", action="store_true", help="exit with 4 when the result is partial")
     files = parser.add_argument_group("files of the dumped process")
@@ -386,8 +391,13 @@ def _add_low_memory(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_reference_options(parser: argparse.ArgumentParser, command: str) -> None:
-    group = parser.add_argument_group("leaks" if command in ("leaks", "analyze") else "references")
-    if command == "analyze":
+    group = parser.add_argument_group("leaks" if command in ("leaks", "analyze", "check") else "references")
+    if command == "check":
+        group.add_argument(
+            "--leaks", action="store_true", help="look for leaks as well: slower, and names who holds damaged blocks"
+        )
+        _add_low_memory(group)
+    elif command == "analyze":
         group.add_argument(
             "--no-leaks", dest="leaks", action="store_false", help="do not look for leaks; that saves time and memory"
         )

@@ -27,6 +27,18 @@ COMMANDS = {
             ("coreheap analyze core.1234 --sysroot ./customer-root --fail-on error", "libraries from elsewhere"),
         ),
     ),
+    "check": CommandText(
+        "heap integrity and crash context",
+        "Says whether malloc's heap is sound, what is damaged and by whom as far as the bytes tell, and how the process ended: "
+        "signal, fault address and what lies there, glibc's own message, backtrace, a signature to group crashes by. Leaks are not "
+        "looked for unless --leaks is given, so it is quick. The exit code is 0 whatever is found, unless --fail-on is given.",
+        (
+            ("coreheap check core.1234", "the page for people"),
+            ("coreheap check core.1234 --json --fail-on error", "for a pipeline: exit code 1 when the heap is damaged"),
+            ("coreheap check core.1234 --json | jq -r .crash.signature", "the same for crashes of one kind"),
+            ("coreheap check core.1234 --leaks", "slower; names who holds the blocks that were written past"),
+        ),
+    ),
     "arenas": CommandText(
         "one row an arena: what it holds and what is in use",
         "Lists malloc's arenas, those that hold most memory first.",

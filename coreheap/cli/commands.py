@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from coreheap.cli import pipeline
-from coreheap.cli.arguments import REFERENCE_COMMANDS, OutputFormat, Request
+from coreheap.cli.arguments import FAIL_ON_COMMANDS, REFERENCE_COMMANDS, OutputFormat, Request
 from coreheap.cli.exit_codes import ExitCode
 from coreheap.cli.messages import say_warning
 from coreheap.cli.output import Output, check_output, opened_output
@@ -19,7 +19,7 @@ from coreheap.errors import UsageError
 from coreheap.heap import ChunkState
 from coreheap.leaks import Explanation, OwnerNode, Verdict
 from coreheap.render import rows, tables
-from coreheap.report import Report, Severity
+from coreheap.report import Finding, Report, Severity
 
 if TYPE_CHECKING:
     from coreheap.render.page import PageStyle
@@ -61,6 +61,7 @@ def _finish(
     with opened_output(request.output) as output:
         for piece in _document(report, request, output, explorer):
             output.write(piece)
+        pipeline.check_files()
     if request.verbosity >= 0:
         _warn(report, request)
     return exit_code_of(report, request)
@@ -74,16 +75,25 @@ def exit_code_of(report: Report, request: Request) -> ExitCode:
         return ExitCode.PARTIAL
     if request.fail_on is not None:
         limit = Severity(request.fail_on).rank
-        if any(finding.severity.rank >= limit for finding in report.findings):
+        if any(finding.severity.rank >= limit for finding in _findings_of(report, request)):
             return ExitCode.FINDINGS
     return ExitCode.DONE
+
+
+def _findings_of(report: Report, request: Request) -> tuple[Finding, ...]:
+    """The findings that the command's document gives."""
+    if request.command != "check":
+        return report.findings
+    from coreheap.render.integrity import is_about_integrity
+
+    return tuple(finding for finding in report.findings if is_about_integrity(finding))
 
 
 def _warn(report: Report, request: Request) -> None:
     """Say on standard error what the document itself does not show."""
     for defect in report.defects:
         say_warning(f"a part of the analysis failed, a defect of coreheap: {defect}")
-    if request.command == "analyze":
+    if request.command in FAIL_ON_COMMANDS:
         return
     if report.heap is None:
         say_warning("no glibc heap could be read from this core; coreheap analyze says why")
@@ -103,6 +113,8 @@ def _document(
         yield from _maps(report, request, output)
     elif request.command == "analyze":
         yield _analysis(report, request, output)
+    elif request.command == "check":
+        yield _check(report, request, output)
     else:
         yield _table(report, request, output)
 
@@ -115,6 +127,16 @@ def _analysis(report: Report, request: Request, output: Output) -> bytes:
     from coreheap.render.terminal import report_text
 
     return _encoded(report_text(report, _style(request, output, ARENAS_SHOWN)), output)
+
+
+def _check(report: Report, request: Request, output: Output) -> bytes:
+    if request.format is OutputFormat.JSON:
+        from coreheap.render.json_document import check_json_text
+
+        return check_json_text(report).encode()
+    from coreheap.render.terminal_check import check_text
+
+    return _encoded(check_text(report, _style(request, output, ARENAS_SHOWN)), output)
 
 
 def _table(report: Report, request: Request, output: Output) -> bytes:

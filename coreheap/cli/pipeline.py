@@ -44,6 +44,14 @@ def explored(request: Request, progress: Progress) -> Iterator[tuple[Report, Exp
         yield report, Explorer(core, references)
 
 
+def check_files() -> None:
+    """Raises InputNotUsable where a file that is open lost bytes since then: what was shown of it may be wrong."""
+    # Imported here: what has no file open needs none of it.
+    from coreheap.corefile.file_guard import check_all_files
+
+    check_all_files()
+
+
 class Explorer:
     """Answers about addresses, also where there is no heap to ask about."""
 

@@ -19,6 +19,7 @@ from typing import IO, Any, Final
 
 import numpy as np
 
+from coreheap.corefile import elf
 from coreheap.errors import InputNotUsable
 from coreheap.quantities import GIB, format_bytes
 
@@ -80,12 +81,15 @@ def unpack(
     compressed_bytes = os.fstat(file.fileno()).st_size
     folder = directory or _roomy_directory()
     blocks = _reader(kind, where)(file)
-    temporary = tempfile.TemporaryFile(dir=folder, prefix="coreheap-")  # noqa: SIM115 (its descriptor lives on)
+    temporary = _temporary_file(folder, where)
     damage = ""
+    needed_bytes: int | None = None
     with temporary:
         writer = _SparseWriter(temporary.fileno(), folder, where)
         try:
             for block in blocks:
+                if writer.position == 0:
+                    needed_bytes = _bytes_of_core(block, kind, where)
                 writer.write(block)
                 if writer.position > unpacked_limit:
                     raise InputNotUsable(
@@ -97,6 +101,9 @@ def unpack(
                     )
                 if progress is not None:
                     progress("unpacking", min(file.tell(), compressed_bytes), compressed_bytes)
+                # A little more, to see whether the stream ends as it should.
+                if needed_bytes is not None and writer.position >= needed_bytes + _BLOCK_BYTES:
+                    break
         except _StreamDamagedError as error:
             damage = str(error)
         writer.finish()
@@ -109,6 +116,47 @@ def unpack(
                 next_step="the file is damaged; fetch it again",
             )
         return UnpackedCore(os.dup(temporary.fileno()), writer.position, damage)
+
+
+def _temporary_file(folder: Path, where: str) -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile(dir=folder, prefix="coreheap-")
+    except OSError as error:
+        raise InputNotUsable(
+            f"the core cannot be unpacked into {folder}",
+            where=where,
+            expected="a folder for a temporary file",
+            found=error.strerror or str(error),
+            next_step="set TMPDIR to a folder that you may write to, on a disk with room",
+        ) from None
+
+
+def _bytes_of_core(head: bytes, kind: str, where: str) -> int | None:
+    """How long the core is that begins with ``head``, by its headers; None where they do not tell.
+
+    What is behind would be unpacked for nothing. Raises InputNotUsable at once where it is no ELF file: a bomb need not
+    burn down before that is said.
+    """
+    if len(head) >= len(elf.ELF_MAGIC) and not head.startswith(elf.ELF_MAGIC):
+        raise InputNotUsable(
+            f"what the {kind} stream holds is not an ELF core",
+            where=where,
+            expected="the magic bytes 7f 45 4c 46 (ELF) after unpacking",
+            found=head[:8].hex(" "),
+            next_step="give the compressed core itself; an archive (tar, zip) has to be taken apart first",
+        )
+    header = elf.header_of(head[:64])
+    if header is None or header.kind != elf.ET_CORE or header.program_header_count == elf.PN_XNUM:
+        return None
+    data = np.frombuffer(head, np.uint8)
+    segments = elf.program_headers_of(data, header, header.program_header_count)
+    if len(segments) < header.program_header_count:
+        return None
+    ends: list[int] = [
+        offset + byte_count
+        for offset, byte_count in zip(segments.file_offset.tolist(), segments.file_bytes.tolist(), strict=True)
+    ]
+    return max(*ends, header.program_header_offset, len(head)) if ends else None
 
 
 class _SparseWriter:

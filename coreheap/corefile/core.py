@@ -28,6 +28,7 @@ from coreheap.corefile.compression import (
     unpack,
 )
 from coreheap.corefile.elf import Bytes
+from coreheap.corefile.file_guard import FileGuard
 from coreheap.corefile.holes import FileExtents, HoleMeaning
 from coreheap.corefile.image import CoreImage, read_image
 from coreheap.corefile.local_files import FileFinder
@@ -78,6 +79,7 @@ class Core:
         self._descriptor = descriptor
         self._finder = finder
         self._mapping = mmap.mmap(descriptor, file_bytes, access=mmap.ACCESS_READ)
+        self._guard = FileGuard(self._mapping, descriptor, os.fspath(path))
         data: Bytes = np.frombuffer(self._mapping, np.uint8)
         self.image: CoreImage = read_image(data, os.fspath(path))
         self.machine = self.image.machine
@@ -130,6 +132,17 @@ class Core:
         # A view may still be held somewhere; Python unmaps the file with the last of them.
         with contextlib.suppress(BufferError):
             self._mapping.close()
+            self._guard.release()
+
+    def check_files(self) -> None:
+        """Raises InputNotUsable where the core, or a file of a module, lost bytes since it was opened."""
+        self._guard.check()
+        self._finder.check_files()
+
+    @property
+    def change(self) -> str:
+        """What happened to the core's file since it was opened, in words; "" for nothing that shows."""
+        return self._guard.change_since(self._descriptor)
 
     @cached_property
     def threads(self) -> tuple[Thread, ...]:
@@ -285,7 +298,9 @@ def open_core(
                 )
         before_fetch = (lambda: progress("asking debuginfod", 0, None)) if progress else (lambda: None)
         finder = FileFinder(executable, sysroot, debug_directories, client, before_fetch)
-        return Core(Path(where), descriptor, file_bytes, compression, bytes_on_disk, finder, gaps)
+        core = Core(Path(where), descriptor, file_bytes, compression, bytes_on_disk, finder, gaps)
+        core.check_files()
+        return core
     except BaseException:
         os.close(descriptor)
         raise

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+from coreheap.corefile.file_guard import FileGuard
 from coreheap.corefile.symbols import ElfFile
 
 ENTRY_LIMIT: Final = 200_000
@@ -68,23 +69,26 @@ def unit_at(file: ElfFile, address: int, variables: Collection[str], structures:
 
     A structure is found by its tag or by a typedef. None when the file has no DWARF for the address.
     """
-    content = _content(file)
-    if content is None:
+    content, guard = _content(file)
+    if content is None or guard is None:
         return None
     stream = _BoundedStream(content, _READ_LIMIT)
-    return _ask(lambda: _unit_at(stream, address, frozenset(variables), frozenset(structures)))
+    unit = _ask(lambda: _unit_at(stream, address, frozenset(variables), frozenset(structures)))
+    guard.check()
+    return unit
 
 
-def _content(file: ElfFile) -> bytes | mmap.mmap | None:
+def _content(file: ElfFile) -> tuple[mmap.mmap | None, FileGuard | None]:
     """The file once more: ``ElfFile`` keeps its own mapping to itself."""
     try:
         descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError):
-        return None
+        return None, None
     try:
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        return mapping, FileGuard(mapping, descriptor, os.fspath(file.path))
     except (OSError, ValueError):
-        return None
+        return None, None
     finally:
         os.close(descriptor)
 

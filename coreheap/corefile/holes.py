@@ -53,11 +53,10 @@ class FileExtents:
         whole = len(starts) == 1 and int(ends[0] - starts[0]) == self._file_bytes
         return HoleMeaning.UNKNOWN if whole else self._writer
 
-    @property
-    def shortest_hole(self) -> int:
-        """Bytes of the shortest hole between two extents; 0 where there is none."""
+    def all(self) -> tuple[Words, Words]:
+        """(start, end) of every extent."""
         starts, ends, _ = self._columns
-        return int((starts[1:] - ends[:-1]).min()) if len(starts) > 1 else 0
+        return starts, ends
 
     @property
     def granularity(self) -> int:

@@ -11,6 +11,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from coreheap.corefile.bss import module_bss
 from coreheap.corefile.core import Core
 from coreheap.corefile.process import AT_SYSINFO_EHDR
 
@@ -37,16 +38,18 @@ class RegionLabel(IntEnum):
     OTHER_ANONYMOUS = 8
 
 
-def region_labels(core: Core) -> npt.NDArray[np.int64]:
+def region_labels(core: Core, *, with_stacks: bool = True) -> npt.NDArray[np.int64]:
     """For each region of the address space its RegionLabel, int64[regions].
 
-    A stack is the region that holds a thread's stack pointer; bss is the anonymous memory that directly follows a
-    module's data. What cannot be told is OTHER_ANONYMOUS.
+    A region that lies in a module's bss as a whole is its bss (``bss``); of one that holds more than that nothing is said. With
+    ``with_stacks`` a region that is nothing else and holds a thread's stack pointer is a stack, as a whole: what is known of
+    stacks is in ``stacks``. What cannot be told is OTHER_ANONYMOUS.
     """
     memory = core.memory
     flags, files = memory.region_flags, memory.region_file_index
     kinds = np.full(len(flags), RegionLabel.OTHER_ANONYMOUS, np.int64)
-    kinds[flags & (READ | WRITE | EXECUTE) == 0] = RegionLabel.NO_ACCESS
+    no_access = flags & (READ | WRITE | EXECUTE) == 0
+    kinds[no_access] = RegionLabel.NO_ACCESS
     has_file = files >= 0
     in_module = np.zeros(len(flags), bool)
     for module in core.modules:
@@ -57,18 +60,14 @@ def region_labels(core: Core) -> npt.NDArray[np.int64]:
     kinds[of_module] = RegionLabel.MODULE_RODATA
     kinds[of_module & ((flags & EXECUTE) != 0)] = RegionLabel.MODULE_TEXT
     kinds[of_module & ((flags & WRITE) != 0)] = RegionLabel.MODULE_DATA
-    if len(flags) > 1:
-        follows = np.concatenate(([False], memory.region_start[1:] == memory.region_end[:-1]))
-        behind_data = np.concatenate(([False], kinds[:-1] == RegionLabel.MODULE_DATA))
-        bss = follows & behind_data & ~has_file & ((flags & WRITE) != 0)
-        kinds[bss] = RegionLabel.MODULE_BSS
+    in_bss = module_bss(core).row_holding_all(memory.region_start, memory.region_end) >= 0
+    kinds[in_bss & ~has_file & ~no_access] = RegionLabel.MODULE_BSS
     for region in _kernel_regions(core):
         kinds[region] = RegionLabel.KERNEL_PAGES
-    for thread in core.threads:
-        if thread.stack_pointer:
-            index = memory.region_index(thread.stack_pointer)
-            if index is not None and not has_file[index]:
-                kinds[index] = RegionLabel.THREAD_STACKS
+    for thread in core.threads if with_stacks else ():
+        index = memory.region_index(thread.stack_pointer) if thread.stack_pointer else None
+        if index is not None and kinds[index] in (RegionLabel.OTHER_ANONYMOUS, RegionLabel.NO_ACCESS):
+            kinds[index] = RegionLabel.THREAD_STACKS
     return kinds
 
 

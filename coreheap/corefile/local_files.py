@@ -75,6 +75,13 @@ class FileFinder:
         self._before_fetch = before_fetch
         self._found: dict[tuple[bytes, bytes | None, bool], FoundFile] = {}
         self._fetched: dict[tuple[bytes, str], FetchedFile] = {}
+        self._used: list[ElfFile] = []
+
+    def check_files(self) -> None:
+        """Raises InputNotUsable where a file that was found lost bytes since it was opened."""
+        for file in self._used:
+            if file.guard is not None:
+                file.guard.check()
 
     @property
     def may_fetch(self) -> bool:
@@ -98,7 +105,8 @@ class FileFinder:
         debug_file: ElfFile | None = None
         for candidate in self._candidates(raw_path, is_executable):
             if build_id is None:
-                if candidate.is_file():
+                # Path.is_file raises for folders that may not be read, and for names that are too long.
+                if os.path.isfile(candidate):
                     status = "not_verifiable"
                 continue
             file = ElfFile.open(candidate)
@@ -106,7 +114,9 @@ class FileFinder:
                 continue
             if file.build_id == build_id and file.is_debug_file:
                 debug_file = debug_file or file
+                self._used.append(file)
             elif file.build_id == build_id:
+                self._used.append(file)
                 return FoundFile("matched", file, refused, debug_file)
             elif file.build_id is not None:
                 status, refused = "build_id_differs", refused or Refused(str(candidate), file.build_id)
@@ -123,6 +133,7 @@ class FileFinder:
             if file is None or file.build_id is None:
                 continue
             if file.build_id == build_id:
+                self._used.append(file)
                 return FoundFile("matched", file, refused)
             refused = refused or Refused(str(candidate), file.build_id)
         return FoundFile("no_file" if refused is None else "build_id_differs", None, refused)
@@ -150,6 +161,7 @@ class FileFinder:
             return FetchedFile(None, f"{answer.path} was changed while it was opened")
         if kind == "executable" and file.is_debug_file:
             return FetchedFile(None, f"{answer.server or answer.path}: a debug file, without the code; refused")
+        self._used.append(file)
         return FetchedFile(file)
 
     def _debug_candidates(self, raw_path: bytes, digits: str, module_file: ElfFile | None) -> Iterator[Path]:

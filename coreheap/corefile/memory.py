@@ -249,9 +249,9 @@ class AddressSpace:
         return self._extents.meaning is not HoleMeaning.UNKNOWN
 
     @property
-    def shortest_hole(self) -> int:
-        """Bytes of the shortest hole between data of the core file; 0 where there is none."""
-        return self._extents.shortest_hole
+    def data_extents(self) -> tuple[Words, Words]:
+        """(start, end) of the parts of the core file that are no holes, by offset; all of it where holes are unknown."""
+        return self._extents.all()
 
     @property
     def hole_granularity(self) -> int:

@@ -55,9 +55,13 @@ AUXV_NAMES: Final[Mapping[int, str]] = {
 _SIGNALS_WITH_ADDRESS: Final = frozenset((4, 5, 7, 8, 11))
 """SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV: their siginfo has si_addr."""
 _SI_KERNEL: Final = 0x80
+_CODES_OF_SENDERS: Final = frozenset((0, -1, -6))
+"""SI_USER, SI_QUEUE, SI_TKILL: their siginfo has si_pid (include/uapi/asm-generic/siginfo.h)."""
 _STACK_WORDS: Final = 1 << 20
 _VECTOR_LIMIT: Final = 64
 """Places on the stack that may be the auxiliary vector; a debugger or a loader may have copied it."""
+_ENVIRONMENT_BYTES: Final = 6 << 20
+"""Arguments and environment together have no more (fs/exec.c)."""
 _STRING_BYTES: Final = 1 << 17
 """MAX_ARG_STRLEN, 32 pages: no argument is longer (include/uapi/linux/binfmts.h)."""
 
@@ -100,17 +104,21 @@ class ProcessFacts:
     signal_code: int | None = None
     fault_address: int | None = None
     """si_addr, only where the signal and its code give one."""
+    sender_pid: int | None = None
+    """si_pid: the process that sent the signal with kill, tgkill or sigqueue; None for signals of the kernel."""
 
 
 @dataclass(frozen=True, slots=True)
 class InitialStack:
     """Arguments and environment as the kernel laid them out when the program was started.
 
-    What the program did to its environment later is not in it; glibc reads its tunables from here.
+    What the program did to its environment later is not in it; glibc reads its tunables from here. ``is_intact``: nothing
+    speaks for the strings having been overwritten, as programs do that change their title in ps (setproctitle).
     """
 
     arguments: tuple[str, ...]
     environment: Mapping[str, str]
+    is_intact: bool = True
 
 
 def read_auxv(data: Bytes, notes: NoteTable, word_bytes: int, gaps: list[Gap]) -> dict[int, int]:
@@ -158,13 +166,15 @@ def _known_tags(entries: Mapping[int, int]) -> int:
 
 def read_process(data: Bytes, machine: str, notes: NoteTable, threads: ThreadTable, gaps: list[Gap]) -> ProcessFacts:
     """What NT_PRPSINFO, NT_SIGINFO and the first NT_PRSTATUS say, without the executable's path."""
-    number, code, fault_address = _signal(data, notes, threads)
+    number, code, fault_address, sender_pid = _signal(data, notes, threads)
     pid = int(threads.lwp[0]) if len(threads) else None
     layout = _INFO_LAYOUTS[machine]
     info = notes.first(data, NT_PRPSINFO)
     if info is None or len(info) < layout.name_offset + 96:
         gaps.append(Gap("process_note_missing", "the process's name and arguments are unknown"))
-        return ProcessFacts(pid=pid, signal=number, signal_code=code, fault_address=fault_address)
+        return ProcessFacts(
+            pid=pid, signal=number, signal_code=code, fault_address=fault_address, sender_pid=sender_pid
+        )
     pid, parent_pid = struct.unpack_from("<ii", info, layout.pid_offset)
     name_at = layout.name_offset
     return ProcessFacts(
@@ -176,6 +186,7 @@ def read_process(data: Bytes, machine: str, notes: NoteTable, threads: ThreadTab
         signal=number,
         signal_code=code,
         fault_address=fault_address,
+        sender_pid=sender_pid,
     )
 
 
@@ -197,13 +208,44 @@ def read_initial_stack(memory: AddressSpace, auxv: Mapping[int, int]) -> Initial
         else:
             first_argument = _first_adjoining_string(memory, words, first_variable - 1)
         arguments = words[first_argument : first_variable - 1].tolist()
-        variables = [_string(memory, at) for at in words[first_variable : place - 1].tolist()]
+        variables = _strings_between(memory, arguments, auxv.get(AT_EXECFN))
+        if variables is None:
+            variables = [_string(memory, at) for at in words[first_variable : place - 1].tolist()]
         environment: dict[str, str] = {}
         for variable in variables:
             name, _, value = variable.partition("=")
             environment.setdefault(name, value)
-        return InitialStack(tuple(_string(memory, at) for at in arguments), environment)
+        return InitialStack(
+            tuple(_string(memory, at) for at in arguments),
+            environment,
+            is_intact=all("=" in variable for variable in variables),
+        )
     return None
+
+
+def _strings_between(memory: AddressSpace, arguments: Sequence[int], file_name: int | None) -> list[str] | None:
+    """The environment's strings as they were at the start: between those of the arguments and AT_EXECFN's.
+
+    The kernel lays all of them out without gaps (fs/exec.c). unsetenv and setenv change pointers alone, and so does glibc up to
+    2.38 for GLIBC_TUNABLES, whose entries it cuts apart where they lie (elf/dl-tunables.c). None where the strings lie otherwise
+    (qemu), or are not in the core.
+    """
+    if not arguments or file_name is None:
+        return None
+    try:
+        start = arguments[-1] + len(memory.read_text(arguments[-1], _STRING_BYTES)) + 1
+        if not start <= file_name <= start + _ENVIRONMENT_BYTES:
+            return None
+        content = memory.read(start, file_name - start)
+    except MemoryFault:
+        return None
+    variables: list[str] = []
+    for variable in map(text_of, content.split(b"\0")[:-1]):
+        if variable.startswith("glibc.") and variables and variables[-1].startswith("GLIBC_TUNABLES="):
+            variables[-1] += f":{variable}"
+        else:
+            variables.append(variable)
+    return variables
 
 
 def _vectors_on_stack(memory: AddressSpace, auxv: Mapping[int, int]) -> Iterator[tuple[Words, int]]:
@@ -255,22 +297,25 @@ def _string(memory: AddressSpace, address: int) -> str:
         return ""
 
 
-def _signal(data: Bytes, notes: NoteTable, threads: ThreadTable) -> tuple[int | None, int | None, int | None]:
-    """Signal, its code and its address.
+def _signal(
+    data: Bytes, notes: NoteTable, threads: ThreadTable
+) -> tuple[int | None, int | None, int | None, int | None]:
+    """Signal, its code, its address, its sender.
 
     gdb writes the NT_SIGINFO of its own SIGSTOP into the core of a process that got no signal: only
     the siginfo of the signal in NT_PRSTATUS counts.
     """
     number = int(threads.signal[0]) if len(threads) else 0
     word_bytes = threads.layout.word_bytes
-    address_at = 16 if word_bytes == 8 else 12
+    fields_at = 16 if word_bytes == 8 else 12
     info = notes.first(data, NT_SIGINFO)
-    if not number or info is None or len(info) < address_at + word_bytes:
-        return number or None, None, None
+    if not number or info is None or len(info) < fields_at + word_bytes:
+        return number or None, None, None, None
     signal_number, _, code = struct.unpack_from("<iii", info)
     if signal_number != number:
-        return number, None, None
+        return number, None, None, None
     if number in _SIGNALS_WITH_ADDRESS and 0 < code != _SI_KERNEL:
-        address = int.from_bytes(info[address_at : address_at + word_bytes], "little")
-        return number, code, address
-    return number, code, None
+        address = int.from_bytes(info[fields_at : fields_at + word_bytes], "little")
+        return number, code, address, None
+    (sender,) = struct.unpack_from("<i", info, fields_at)
+    return number, code, None, sender if code in _CODES_OF_SENDERS and sender > 0 else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,12 @@ from coreheap.evidence import Gap
 from coreheap.quantities import AddressRange
 
 Indexes = npt.NDArray[np.int32]
+
+PROCESS_END: Final = 1 << 57
+"""No process of a 64-bit machine has memory there or above: five levels of page tables on x86-64 end at 1 << 56, the 52-bit
+addresses of aarch64 before."""
+KERNEL_PAGES_BYTES: Final = 1 << 20
+"""But the kernel shows pages of its own: x86-64's vsyscall page, the only one, at ffffffffff600000."""
 
 
 class Backing(IntEnum):
@@ -68,15 +75,14 @@ def regions_of(
     rows = segments.rows_of_kind(elf.PT_LOAD)
     start = segments.address[rows]
     memory = segments.memory_bytes[rows]
-    limit = np.uint64(min(1 << bits, (1 << 64) - 1))
-    room = limit - np.minimum(start, limit)
+    room = _room_above(start, bits)
     wrapped = memory > room
     if wrapped.any():
         first = int(start[wrapped][0])
         gaps.append(
             Gap(
                 "segment_wraps",
-                f"{int(wrapped.sum())} segments reach past the end of the address space",
+                f"{int(wrapped.sum())} segments reach past the end of a process's address space",
                 AddressRange(first, first),
             )
         )
@@ -110,6 +116,17 @@ def regions_of(
     if len(mapped_files):
         regions = _with_mapped_files(regions, mapped_files, gaps)
     return regions, runs, gaps
+
+
+def _room_above(start: Words, bits: int) -> Words:
+    """The bytes that a mapping which begins there can have."""
+    if bits == 32:
+        limit = np.uint64(1 << 32)
+        return limit - np.minimum(start, limit)
+    below, end = np.uint64(PROCESS_END), np.uint64((1 << 64) - 1)
+    return np.where(
+        start < below, below - np.minimum(start, below), np.minimum(end - start, np.uint64(KERNEL_PAGES_BYTES))
+    )
 
 
 def without_overlap(start: Words, end: Words) -> tuple[Words, Words]:
@@ -193,7 +210,7 @@ def _with_mapped_files(regions: Regions, files: MappedFiles, gaps: list[Gap]) ->
 
     A mapped file that no segment covers becomes a region of its own.
     """
-    sane = np.flatnonzero(files.end > files.start)
+    sane = np.flatnonzero((files.end > files.start) & (files.end <= np.uint64(PROCESS_END)))
     order = sane[np.argsort(files.start[sane], kind="stable")]
     file_start, file_end = files.start[order], files.end[order]
     skipped = _overlap_with_earlier(file_start, file_end)

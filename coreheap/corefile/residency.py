@@ -17,13 +17,19 @@ import numpy.typing as npt
 from coreheap.corefile.elf import Words
 from coreheap.corefile.holes import HoleMeaning
 from coreheap.corefile.memory import AddressSpace
+from coreheap.evidence import Strength
 
 BATCH_BYTES = 1 << 23
 """Bytes looked at at a time."""
 JOINED_BYTES = 1 << 15
 """Holes shorter than this are read as the zeros that they are: to go round each would take longer."""
 ZEROS_SOUGHT_IN = 1 << 30
-"""Bytes of the core that are searched for stored zeros; real cores have some in their first megabytes."""
+"""Bytes of the core that are searched for stored zeros, beside the first and the last page of each extent."""
+EXTENTS_TRIED = 1 << 14
+PROBE_BYTES = 1 << 18
+STEP_BYTES = 1 << 20
+LARGEST_BLOCK_BYTES = 1 << 22
+"""No tool that makes holes of zeros has larger blocks: st_blksize of Lustre and CephFS."""
 
 Bools = npt.NDArray[np.bool_]
 
@@ -81,44 +87,111 @@ def stored_pieces(memory: AddressSpace, start: Words, end: Words) -> StoredPiece
     return StoredPieces(low, high, offset)
 
 
-def holes_are_the_kernels(memory: AddressSpace, pieces: StoredPieces) -> bool:
-    """Whether holes stand for pages that were not there, and for nothing else.
+def kernels_holes(memory: AddressSpace) -> Strength | None:
+    """What speaks for it that holes stand for pages that were not there, and for nothing else; None where nothing does.
 
     The kernel stores a page of zeros that was there as it stores any other. A tool that copies a core (``cp
-    --sparse=always``, ``coredumpctl dump``, ``fallocate -d``) makes holes of zeros wherever they fill its blocks. So stored zeros
-    that any such tool would have left out prove that none was at work. ``pieces`` is where to look. False where
-    no such zeros are found: the core may be a copy.
+    --sparse=always``, ``zstd -d``, ``coredumpctl dump``, ``fallocate -d``) makes holes of zeros, in blocks of its own: a page up to
+    some MiB (st_blksize). Zeros that it would have left out speak against each:
+
+    - PROOF, an extent between two holes that holds nothing but zeros. Extents of such a copy begin and end where the tool's blocks do
+      or where the original's extents did, so all of its blocks would have been zeros;
+    - PROOF, zeros that hold a block of any size, however blocks lie;
+    - SOLID, zeros that hold a block as large as the shortest hole. Only a tool that keeps the holes that it finds can have larger
+      blocks: cp --sparse=always onto a file system with blocks of more than a page (NFS, ZFS, Lustre).
+
+    A process that has no such pages leaves no proof.
     """
-    if memory.hole_meaning is not HoleMeaning.NEVER_POPULATED or not memory.shortest_hole:
+    if memory.hole_meaning is not HoleMeaning.NEVER_POPULATED:
+        return None
+    start, end = memory.data_extents
+    if _has_extent_of_zeros(memory, start, end) or _has_blocks_of_zeros(memory, start, end):
+        return Strength.PROOF
+    return Strength.SOLID if _has_zeros_longer_than_holes(memory, start, end) else None
+
+
+def _has_extent_of_zeros(memory: AddressSpace, start: Words, end: Words) -> bool:
+    """Whether one of the file's extents, with holes on both sides, holds nothing but zeros."""
+    between = (start > 0) & (end < np.uint64(len(memory.file)))
+    low, high = start[between].astype(np.int64), end[between].astype(np.int64)
+    if not len(low):
         return False
-    page_bytes = memory.page_bytes
-    # No hole is shorter than the tool's blocks; zeros of this length hold such a block, however they lie.
-    needed = (2 * memory.shortest_hole - page_bytes) // page_bytes
-    zeros = seen = follows = 0
-    for offset, filled, rows in _batches(memory, pieces):
-        # What is no zero that the file stores ends a run: content, and the holes that were read along.
-        other = np.flatnonzero(filled | ~_pages_stored(pieces, rows, offset, len(filled), page_bytes))
-        edges = np.concatenate(([-1 - (zeros if offset == follows else 0)], other, [len(filled)]))
-        lengths = np.diff(edges) - 1
-        if int(lengths.max()) >= needed:
+    # Most have content on their first page or on their last.
+    probe = int(min(memory.page_bytes, (high - low).min()))
+    for is_first in (True, False):
+        zeros = ~_have_content(memory, low if is_first else high - probe, probe)
+        low, high = low[zeros], high[zeros]
+    # The shortest of the others are the likeliest.
+    order = np.argsort(high - low, kind="stable")[:EXTENTS_TRIED]
+    left = ZEROS_SOUGHT_IN
+    for first, last in zip(low[order].tolist(), high[order].tolist(), strict=True):
+        left -= last - first
+        if left < 0:
+            return False
+        if _is_zero(memory, first, last):
             return True
-        zeros, follows = int(lengths[-1]), offset + len(filled) * page_bytes
-        seen += len(filled) * page_bytes
-        if seen >= ZEROS_SOUGHT_IN:
-            break
     return False
 
 
-def _pages_stored(pieces: StoredPieces, rows: npt.NDArray[np.intp], offset: int, count: int, page_bytes: int) -> Bools:
-    """Which of ``count`` pages of the file from ``offset`` on the pieces of these rows hold whole."""
-    start = pieces.file_offset[rows].astype(np.int64) - offset
-    end = start + (pieces.end[rows] - pieces.start[rows]).astype(np.int64)
-    first = np.clip(-(-start // page_bytes), 0, count)
-    last = np.maximum(np.clip(end // page_bytes, 0, count), first)
-    change = np.zeros(count + 1, np.int64)
-    np.add.at(change, first, 1)
-    np.add.at(change, last, -1)
-    return np.cumsum(change[:-1]) > 0
+def _have_content(memory: AddressSpace, offsets: npt.NDArray[np.int64], byte_count: int) -> Bools:
+    """For each offset into the file whether any of so many bytes there differs from zero."""
+    at_once = BATCH_BYTES // byte_count
+    found = [np.zeros(0, np.bool_)]
+    for first in range(0, len(offsets), at_once):
+        rows = offsets[first : first + at_once, None] + np.arange(byte_count)
+        found.append(memory.file[rows].any(axis=1))
+    return np.concatenate(found)
+
+
+def _has_blocks_of_zeros(memory: AddressSpace, start: Words, end: Words) -> bool:
+    """Whether some extent holds zeros for twice the largest block of any tool: however its blocks lie, one is in there."""
+    needed = 2 * LARGEST_BLOCK_BYTES // STEP_BYTES
+    long = end - start >= np.uint64(2 * LARGEST_BLOCK_BYTES)
+    left = ZEROS_SOUGHT_IN
+    for low, high in zip(start[long].tolist(), end[long].tolist(), strict=True):
+        zeros = 0
+        for step in range(low, high - STEP_BYTES + 1, STEP_BYTES):
+            is_zero = not memory.file[step : step + memory.page_bytes].any()
+            if is_zero:
+                left -= STEP_BYTES
+                is_zero = _is_zero(memory, step, step + STEP_BYTES)
+            zeros = zeros + 1 if is_zero else 0
+            if zeros >= needed:
+                return True
+            if left < 0:
+                return False
+    return False
+
+
+def _has_zeros_longer_than_holes(memory: AddressSpace, start: Words, end: Words) -> bool:
+    """Whether some extent holds zeros for about twice the shortest hole: however blocks of that size lie, one is in there."""
+    if len(start) < 2:
+        return False
+    page = memory.page_bytes
+    needed = max(1, (2 * int((start[1:] - end[:-1]).min()) - page) // page)
+    first = -(-start.astype(np.int64) // page) * page
+    last = end.astype(np.int64) // page * page
+    order = np.argsort(first - last, kind="stable")[:EXTENTS_TRIED]
+    left = ZEROS_SOUGHT_IN
+    for low, high in zip(first[order].tolist(), last[order].tolist(), strict=True):
+        if high - low < needed * page or left <= 0:
+            return False
+        zeros = 0
+        for part in range(low, high, BATCH_BYTES):
+            pages = memory.file[part : min(part + BATCH_BYTES, high)].reshape(-1, page)
+            filled = np.flatnonzero(pages.any(axis=1))
+            edges = np.concatenate(([-1 - zeros], filled, [len(pages)]))
+            lengths = np.diff(edges) - 1
+            if int(lengths.max()) >= needed:
+                return True
+            zeros = int(lengths[-1])
+            left -= len(pages) * page
+    return False
+
+
+def _is_zero(memory: AddressSpace, start: int, end: int) -> bool:
+    """Whether the file has nothing but zeros from ``start`` to ``end``."""
+    return not any(memory.file[low : min(low + PROBE_BYTES, end)].any() for low in range(start, end, PROBE_BYTES))
 
 
 def pages_with_content(memory: AddressSpace, pieces: StoredPieces) -> ByteRuns:
@@ -128,16 +201,17 @@ def pages_with_content(memory: AddressSpace, pieces: StoredPieces) -> ByteRuns:
     """
     starts: list[Words] = []
     ends: list[Words] = []
-    page_bytes = np.uint64(memory.page_bytes)
+    page_bytes = memory.page_bytes
     for offset, filled, rows in _batches(memory, pieces):
         numbers = np.flatnonzero(filled)
         if not len(numbers):
             continue
         breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
-        first = numbers[np.concatenate(([0], breaks))].astype(np.uint64)
-        last = numbers[np.concatenate((breaks - 1, [len(numbers) - 1]))].astype(np.uint64)
-        low = np.uint64(offset) + first * page_bytes
-        high = np.uint64(offset) + (last + np.uint64(1)) * page_bytes
+        first = numbers[np.concatenate(([0], breaks))]
+        last = numbers[np.concatenate((breaks - 1, [len(numbers) - 1]))]
+        # The first page may begin before the file does: what segments hold begins behind the headers.
+        low = (offset + first * page_bytes).clip(0).astype(np.uint64)
+        high = (offset + (last + 1) * page_bytes).astype(np.uint64)
         file_start = pieces.file_offset[rows]
         file_end = file_start + (pieces.end[rows] - pieces.start[rows])
         row, run = _meetings(file_start, file_end, low, high)

@@ -14,9 +14,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from coreheap.corefile.bss import module_bss
 from coreheap.corefile.core import Core
 from coreheap.corefile.elf import Words
 from coreheap.corefile.memory import AddressSpace
@@ -33,6 +35,10 @@ LEAST_SIGNAL_STACK_BYTES = 2048
 """MINSIGSTKSZ of x86, the smallest (arch/*/include/uapi/asm/signal.h)."""
 FRAME_SEARCH_BYTES = 1 << 18
 """So far above a stack pointer a signal frame is looked for; handlers are shallow."""
+FRAME_SEARCH_LIMIT = 1 << 29
+"""Bytes that are searched for signal frames of all threads: enough for thousands of handlers."""
+LARGEST_SUPPOSED_STACK_BYTES = 1 << 26
+"""A mapping of which no more is known than that a thread runs in it is taken for a stack as a whole up to this size."""
 LARGEST_SIGNAL_STACK_BYTES = 1 << 20
 """Mappings up to this size are taken for a signal stack as a whole where a handler runs in them and no more is known."""
 SAVED_STACK_POINTER = {"x86_64": 144, "i386": 40, "aarch64": 416}
@@ -94,18 +100,33 @@ class Stacks:
     elsewhere: Mapping[int, int]
 
 
+NO_STACKS = Stacks(None, {}, {}, {})
+"""Where nothing is known of any stack."""
+
+# Reports and claims ask for the same; an open core does not change.
+_found: WeakKeyDictionary[Core, Stacks] = WeakKeyDictionary()
+
+
 def find_stacks(core: Core) -> Stacks:
     """The stacks of all threads of a core."""
+    if core not in _found:
+        _found[core] = _find_stacks(core)
+    return _found[core]
+
+
+def _find_stacks(core: Core) -> Stacks:
     memory = core.memory
-    initial = _initial_stack(core)
+    mappings = _Mappings(core)
+    initial = _initial_stack(core, mappings)
     descriptors = _with_interrupted(core, initial)
-    threads_in: Counter[int | None] = Counter(memory.region_index(thread.stack_pointer) for thread in core.threads)
+    region_of = [memory.region_index(thread.stack_pointer) for thread in core.threads]
+    threads_in = Counter(region_of)
     of_descriptors = {memory.region_index(stack.stackblock_at) for stack in descriptors.values()}
     found: dict[int, Stack] = {}
     elsewhere: dict[int, int] = {}
-    for thread in core.threads:
+    searched = _FrameSearch(core)
+    for thread, region in zip(core.threads, region_of, strict=True):
         pointer = thread.stack_pointer
-        region = memory.region_index(pointer)
         described = descriptors.get(thread.index)
         if described is not None:
             bounds = described.start + described.guard_bytes, described.end
@@ -113,14 +134,14 @@ def find_stacks(core: Core) -> Stacks:
         elif initial is not None and (thread.lwp == core.process.pid or initial[0] <= pointer < initial[1]):
             stack = _stack(thread, initial, None, StackSource.INITIAL_STACK)
         elif region is not None and threads_in[region] == 1 and region not in of_descriptors:
-            mapping = _stack_mapping(memory, region)
+            mapping = mappings.stack(region)
             if mapping is None:
                 continue
             stack = _stack(thread, mapping[:2], mapping[2], StackSource.MAPPING)
         else:
             continue
         if not stack.start <= pointer < stack.end and region is not None:
-            stack = _in_handler(core, stack, pointer, region)
+            stack = _in_handler(searched, stack, pointer, region)
             if stack.signal_stack is None:
                 elsewhere[thread.index] = region
         found[thread.index] = stack
@@ -135,41 +156,51 @@ def _stack(
     return Stack(thread.index, start, end, guard, source, used, None, routine)
 
 
-def _initial_stack(core: Core) -> tuple[int, int] | None:
+def _initial_stack(core: Core, mappings: _Mappings) -> tuple[int, int] | None:
     """The mapping of the stack that the kernel made for the program (fs/binfmt_elf.c)."""
     for tag in (AT_RANDOM, AT_EXECFN):
         region = core.memory.region_index(core.auxv.get(tag, 0))
         if region is not None and int(core.memory.region_file_index[region]) < 0:
-            return _whole_mapping(core.memory, region)
+            return mappings.whole(region)
     return None
 
 
-def _whole_mapping(memory: AddressSpace, region: int) -> tuple[int, int]:
-    """The mapping that a region is a part of: what is saved of it, cut off and left out are regions of their own."""
-    first = last = region
-    segment = int(memory.region_segment[region])
+class _Mappings:
+    """The mappings that regions are parts of: what is saved of one, cut off and left out are regions of their own."""
 
-    def follows(lower: int) -> bool:
-        same = segment >= 0 and int(memory.region_segment[lower]) == int(memory.region_segment[lower + 1]) == segment
-        return same and int(memory.region_end[lower]) == int(memory.region_start[lower + 1])
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        memory = core.memory
+        segment = memory.region_segment
+        begins = np.ones(memory.region_count, np.bool_)
+        begins[1:] = (
+            (segment[1:] != segment[:-1]) | (segment[1:] < 0) | (memory.region_start[1:] != memory.region_end[:-1])
+        )
+        self._first = np.flatnonzero(begins)
 
-    while first > 0 and follows(first - 1):
-        first -= 1
-    while last + 1 < memory.region_count and follows(last):
-        last += 1
-    return int(memory.region_start[first]), int(memory.region_end[last])
+    def whole(self, region: int) -> tuple[int, int]:
+        """Start and end of the mapping that a region is a part of."""
+        memory = self._core.memory
+        row = int(np.searchsorted(self._first, region, side="right"))
+        last = int(self._first[row]) if row < len(self._first) else memory.region_count
+        return int(memory.region_start[self._first[row - 1]]), int(memory.region_end[last - 1])
 
+    def stack(self, region: int) -> tuple[int, int, int | None] | None:
+        """Start, end and guard of a mapping that a stack pointer lies in; None for one that is no stack's.
 
-def _stack_mapping(memory: AddressSpace, region: int) -> tuple[int, int, int | None] | None:
-    """Start, end and guard of a mapping that a stack pointer lies in; None for one that is no stack's, of a file."""
-    if int(memory.region_file_index[region]) >= 0:
-        return None
-    start, end = _whole_mapping(memory, region)
-    below = memory.region_index(start - 1)
-    if below is None or int(memory.region_flags[below]) & ACCESS or int(memory.region_file_index[below]) >= 0:
-        return start, end, None
-    guard = int(memory.region_end[below] - memory.region_start[below])
-    return start, end, guard if guard <= GUARD_LIMIT else None
+        That is one of a file, one with the bss of a module, and one that is larger than stacks are.
+        """
+        memory = self._core.memory
+        if int(memory.region_file_index[region]) >= 0:
+            return None
+        start, end = self.whole(region)
+        if end - start > LARGEST_SUPPOSED_STACK_BYTES or module_bss(self._core).meets(start, end):
+            return None
+        below = memory.region_index(start - 1)
+        if below is None or int(memory.region_flags[below]) & ACCESS or int(memory.region_file_index[below]) >= 0:
+            return start, end, None
+        guard = int(memory.region_end[below] - memory.region_start[below])
+        return start, end, guard if guard <= GUARD_LIMIT else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,14 +211,24 @@ class _Interrupted:
     signal_stack: tuple[int, int] | None
 
 
-def _interruptions(core: Core, pointer: int, region: int) -> Iterator[_Interrupted]:
+@dataclass(slots=True)
+class _FrameSearch:
+    """A core in which signal frames are looked for, and how many bytes may still be read for that."""
+
+    core: Core
+    bytes_left: int = FRAME_SEARCH_LIMIT
+
+
+def _interruptions(search: _FrameSearch, pointer: int, region: int) -> Iterator[_Interrupted]:
     """What may be signal frames above a stack pointer in its mapping, the innermost first.
 
     The kernel writes a ucontext for a handler, with sigaltstack's setting (uc_stack) and the interrupted registers.
     """
+    core = search.core
     memory, word = core.memory, core.word_bytes
     low = pointer - pointer % word
-    high = min(int(memory.region_end[region]), low + FRAME_SEARCH_BYTES)
+    high = min(int(memory.region_end[region]), low + FRAME_SEARCH_BYTES, low + search.bytes_left)
+    search.bytes_left -= max(high - low, 0)
     try:
         words = memory.read_words(low, (high - low) // word)
     except MemoryFault:
@@ -229,9 +270,9 @@ def _old_frames(core: Core, region: int, words: Words) -> Iterator[_Interrupted]
         yield _Interrupted(stack_pointer, signal_stack)
 
 
-def _in_handler(core: Core, stack: Stack, pointer: int, region: int) -> Stack:
+def _in_handler(search: _FrameSearch, stack: Stack, pointer: int, region: int) -> Stack:
     """The stack of a thread that does not run on it, with the signal stack that it runs on, if a frame tells that."""
-    for found in _interruptions(core, pointer, region):
+    for found in _interruptions(search, pointer, region):
         if stack.start <= found.stack_pointer < stack.end:
             return replace(stack, used_bytes=stack.end - found.stack_pointer, signal_stack=found.signal_stack)
     return stack
@@ -242,11 +283,12 @@ def _with_interrupted(core: Core, initial: tuple[int, int] | None) -> dict[int, 
     memory = core.memory
     found = stacks_of_threads(core)
     elsewhere: dict[int, list[int]] = {}
+    search = _FrameSearch(core)
     for thread in core.threads:
         region = memory.region_index(thread.stack_pointer)
         is_initial = initial is not None and initial[0] <= thread.stack_pointer < initial[1]
         if thread.thread_pointer is None and thread.index not in found and region is not None and not is_initial:
-            pointers = [frame.stack_pointer for frame in _interruptions(core, thread.stack_pointer, region)]
+            pointers = [frame.stack_pointer for frame in _interruptions(search, thread.stack_pointer, region)]
             elsewhere[thread.index] = pointers[:FRAMES_TRIED]
     return stacks_of_threads(core, elsewhere) if any(elsewhere.values()) else found
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from coreheap.corefile import elf
 from coreheap.corefile.elf import Bytes, ElfHeader, ProgramHeaders
+from coreheap.corefile.file_guard import FileGuard
 
 STT_OBJECT, STT_FUNC, STT_TLS, STT_GNU_IFUNC = 1, 2, 6, 10
 DYNSYM, SYMTAB, MINI_DEBUG_INFO = ".dynsym", ".symtab", "MiniDebugInfo"
@@ -101,6 +102,8 @@ class ElfFile:
         """Where the file was fetched from; "" for one that lay on this machine."""
         self.data: Bytes = np.frombuffer(content, np.uint8)
         self.segments: ProgramHeaders = elf.program_headers_of(self.data, header, header.program_header_count)
+        self.guard: FileGuard | None = None
+        """Watches the mapping; None for content that is in memory."""
         self._header = header
         self._content = content
         self._stream = _BoundedStream(content)
@@ -125,7 +128,10 @@ class ElfFile:
             header = elf.header_of(os.pread(descriptor, 64, 0))
             if header is None:
                 return None
-            return cls(path, mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), header, origin)
+            mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+            file = cls(path, mapping, header, origin)
+            file.guard = FileGuard(mapping, descriptor, os.fspath(path))
+            return file
         except (OSError, ValueError):
             return None
         finally:

@@ -42,6 +42,9 @@ GUARD_LIMIT = 1 << 20
 """So far the block may begin before the mapping that holds its descriptor, besides the guard: a JVM's zones, another library's."""
 SEARCHED_BYTES = 1 << 20
 """Of a stack in use, searched for its descriptor where nothing tells the thread pointer."""
+PAGES_SEARCHED = 1 << 22
+"""So many pages are looked at for all threads together: those of 8,000 stacks of 2 MiB."""
+PAGES_OF_A_PLACE = 1 << 8
 LARGEST_STACK_BYTES = 1 << 26
 """Where nothing tells the thread pointer, so far above a stack pointer its descriptor is looked for."""
 DISTANCES_TRIED = 4
@@ -49,6 +52,7 @@ DISTANCES_TRIED = 4
 START_ROUTINE_WORDS = range(8, 21)
 """So many words before stackblock lies start_routine: 10 or 11 with 8-byte words, 14 or 15 with 4-byte ones."""
 EXECUTE = 1
+LAST_ADDRESS = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,7 @@ def stacks_of_threads(core: Core, interrupted: Mapping[int, Sequence[int]] | Non
     distance = _distance_from_thread_pointer(core)
     before_end = _distance_before_end(core)
     found: dict[int, ThreadStack] = {}
+    search = _DescriptorSearch(core, before_end or 0)
     for thread in core.threads:
         pointer = thread.thread_pointer
         stack: ThreadStack | None = None
@@ -84,7 +89,7 @@ def stacks_of_threads(core: Core, interrupted: Mapping[int, Sequence[int]] | Non
             stack = _stack_at(core.memory, pointer + distance)
         elif not pointer and before_end is not None:
             pointers = (thread.stack_pointer, *before.get(thread.index, ()))
-            candidates = (_stack_around(core, pointer, before_end) for pointer in pointers)
+            candidates = (search.stack_around(pointer) for pointer in pointers)
             stack = next((found for found in candidates if found is not None), None)
         if stack is not None:
             found[thread.index] = replace(stack, thread=thread.index)
@@ -180,18 +185,47 @@ def _distance_before_end(core: Core) -> int | None:
     return votes.most_common(1)[0][0] if votes else None
 
 
-def _stack_around(core: Core, pointer: int, distance: int) -> ThreadStack | None:
-    """The stack that holds a stack pointer, by a descriptor so far before its end."""
-    region = core.memory.region_index(pointer)
-    if region is None:
+class _DescriptorSearch:
+    """Looks for the stacks that hold stack pointers, by descriptors so far before the ends of their blocks.
+
+    Many pointers may lie in one mapping, and anything may be above them: each page is asked about once, and of all pages
+    only so many.
+    """
+
+    def __init__(self, core: Core, distance: int) -> None:
+        self._core = core
+        self._distance = distance
+        self._answers: dict[int, ThreadStack | None] = {}
+        self._pages_left = PAGES_SEARCHED
+
+    def stack_around(self, pointer: int) -> ThreadStack | None:
+        """The stack that holds a stack pointer."""
+        page = pointer // self._core.page_bytes
+        if page not in self._answers:
+            self._answers[page] = self._stack_around(pointer)
+        stack = self._answers[page]
+        return stack if stack is not None and stack.start <= pointer < stack.end else None
+
+    def _stack_around(self, pointer: int) -> ThreadStack | None:
+        core, distance = self._core, self._distance
+        region = core.memory.region_index(pointer)
+        if region is None:
+            return None
+        page = core.page_bytes
+        low = pointer - pointer % page
+        end = min(int(core.memory.region_end[region]), low + min(LARGEST_STACK_BYTES, self._pages_left * page))
+        reached = low
+        for place in _places_in_pages(core, max(low, int(core.memory.region_start[region])), end, distance):
+            stack = _stack_at(core.memory, place)
+            # What looks like a descriptor and is none takes as long as many pages.
+            self._pages_left -= PAGES_OF_A_PLACE
+            if stack is not None and stack.end == place + distance and stack.start <= pointer and place >= pointer:
+                self._pages_left -= (place - reached) // page
+                return stack
+            if self._pages_left <= 0:
+                return None
+        self._pages_left -= max(end - low, 0) // page
         return None
-    low = pointer - pointer % core.word_bytes
-    end = min(int(core.memory.region_end[region]), low + LARGEST_STACK_BYTES)
-    for place in _places_in_pages(core, low, end, distance):
-        stack = _stack_at(core.memory, place)
-        if stack is not None and stack.end == place + distance and stack.start <= pointer:
-            return stack
-    return None
 
 
 def _stack_at(memory: AddressSpace, place: int) -> ThreadStack | None:
@@ -272,6 +306,10 @@ def _places_in_pages(core: Core, start: int, end: int, distance: int) -> Iterato
             continue
         for page_number in range(0, pages, PAGES_AT_ONCE):
             begin, count = first + page_number * page, min(PAGES_AT_ONCE, pages - page_number)
+            # Of a block that would end behind the last address there is none.
+            count = min(count, (LAST_ADDRESS - begin - distance) // page + 1)
+            if count <= 0:
+                break
             content = memory.view(begin, begin + (count - 1) * page + 2 * word)
             rows = np.lib.stride_tricks.as_strided(content, (count, 2 * word), (page, 1), writeable=False).copy()
             words = rows.view(f"<u{word}").astype(np.uint64)

@@ -32,7 +32,8 @@ def thread_storage(core: Core, number: int) -> ThreadStorage | None:
     """Static TLS and descriptor of a thread: from its dtv, which says where each module's block lies.
 
     glibc 2.12-2.44: the TCB's word 1 (word 0 on aarch64) is the dtv; its slots are {block, block to free}, slot -1 counts
-    them, slot 0 is the generation. Unallocated blocks are -1, static ones have nothing to free (elf/dl-tls.c).
+    them, slot 0 is the generation. Unallocated blocks are -1, static ones have nothing to free (elf/dl-tls.c). Before 2.25 the
+    second word is a bool, is_static: 1 for these.
     """
     thread = core.threads[number]
     pointer = thread.thread_pointer
@@ -48,7 +49,9 @@ def thread_storage(core: Core, number: int) -> ThreadStorage | None:
         if not 0 < slots <= MODULES_WITH_TLS_LIMIT:
             raise MemoryFault(dtv, "no dtv", word)
         entries = memory.read_words(dtv + 2 * word, 2 * slots).reshape(-1, 2)
-        blocks = entries[entries[:, 1] == 0, 0]
+        # A block to free is a chunk's payload, never odd: where one slot has a bool, all have.
+        is_static = entries[:, 1] & np.uint64(0xFF) == 1
+        blocks = entries[is_static if is_static.any() else entries[:, 1] == 0, 0]
         near = blocks[(blocks < np.uint64(pointer)) if is_below else (blocks > np.uint64(pointer))]
         distance = np.uint64(pointer) - near if is_below else near - np.uint64(pointer)
         near = near[distance < np.uint64(TLS_LIMIT)]

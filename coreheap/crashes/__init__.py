@@ -1,1 +1,181 @@
-"""How a process ended: the fault and what lies there, the last words, the backtrace, a signature."""
+"""How a process ended: from the registers, the stack and the last words of the crashed thread to one value.
+
+Knows: how the parts of this package fit together. Does not know: whether the heap is damaged (``forensics`` says so), or how a
+crash is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from coreheap.corefile import Core, Thread
+from coreheap.corefile.stacks import Stacks
+from coreheap.corefile.unwinding import HandledSignal
+from coreheap.crash import CrashContext, FaultKind, PlaceNote, RegisterNote
+from coreheap.crashes.abort_message import find_abort_message
+from coreheap.crashes.backtrace import Backtrace, FunctionNames, backtrace, is_inside_malloc
+from coreheap.crashes.places import Places, is_canonical
+from coreheap.crashes.signals import (
+    SEGV_ACCERR,
+    SI_KERNEL,
+    SIGABRT,
+    SIGBUS,
+    SIGFPE,
+    SIGILL,
+    SIGSEGV,
+    SIGTRAP,
+    code_name,
+    signal_name,
+)
+from coreheap.crashes.signature import signature_of, signature_parts
+from coreheap.damage import Damage
+from coreheap.errors import MemoryFault
+from coreheap.heap import HeapSnapshot
+
+__all__ = ["find_crash"]
+
+_FAULTS = (SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP)
+_NOTED = (FaultKind.FREED_CHUNK, FaultKind.DAMAGED_CHUNK, FaultKind.ALLOCATOR_DATA)
+_NO_POINTERS = (
+    *("rip", "rsp", "eip", "esp", "sp", "pc"),
+    *("orig_rax", "orig_eax", "eflags", "pstate"),
+    *("cs", "ss", "ds", "es", "fs", "gs"),
+)
+"""Registers that hold no pointers of the program, or that have a part of the report of their own."""
+
+
+def find_crash(
+    core: Core, heap: HeapSnapshot | None, stacks: Stacks, damages: Sequence[Damage] = ()
+) -> CrashContext | None:
+    """How the process ended; None for one that was dumped while it lived, without a signal or an abort message.
+
+    The thread that the core was written for is the first one.
+    """
+    process = core.process
+    message = find_abort_message(core) if process.signal in (SIGABRT, None) else None
+    if not core.threads or (process.signal is None and message is None):
+        return None
+    thread = core.threads[0]
+    places = Places(core, heap, stacks, damages, thread.index)
+    names = FunctionNames(core)
+    trace = backtrace(core, thread, stacks, names)
+    fault = _fault(core, thread, places)
+    number, handled = _handled_fault(trace)
+    telling = trace.frames
+    if handled is not None and fault is None:
+        # The handler is the same for all of a program's crashes; what it was called for is what happened.
+        fault, telling = _handled_place(handled, places), trace.frames[number:]
+    build_ids = {module.name: module.build_id.hex() for module in core.modules if module.build_id is not None}
+    name = signal_name(process.signal)
+    handled_name = signal_name(handled.number) if handled is not None else None
+    parts = signature_parts(name, fault, message, damages, telling, build_ids, handled_name)
+    return CrashContext(
+        thread=thread.index,
+        lwp=thread.lwp,
+        signal=process.signal,
+        signal_name=name,
+        signal_code=process.signal_code,
+        signal_code_name=code_name(process.signal, process.signal_code),
+        sender_pid=process.sender_pid,
+        fault=fault,
+        registers=tuple(_register_notes(thread.registers, places)),
+        frames=trace.frames,
+        frames_end=trace.end,
+        abort_message=message,
+        inside_malloc=is_inside_malloc(core, trace, names),
+        signature=signature_of(parts),
+        signature_parts=parts,
+        handled_signal=handled.number if handled is not None else None,
+        handled_signal_name=handled_name,
+    )
+
+
+def _handled_fault(trace: Backtrace) -> tuple[int, HandledSignal | None]:
+    """The innermost fault that a handler was called for, with the number of the frame that it interrupted; only where every frame
+    up to there is certain."""
+    for number, handled in trace.handled.items():
+        if handled.number in _FAULTS and trace.frames[number].is_certain:
+            return number, handled
+    return 0, None
+
+
+def _handled_place(handled: HandledSignal, places: Places) -> PlaceNote | None:
+    """What lies where the access failed that a handler was called for."""
+    is_known = handled.code is None or 0 < handled.code < SI_KERNEL
+    if handled.address is None or not is_known or handled.number not in (SIGSEGV, SIGBUS):
+        return None
+    was_denied = handled.number == SIGSEGV and handled.code == SEGV_ACCERR
+    return places.fault(handled.address, was_denied=was_denied)
+
+
+def _register_notes(registers: Mapping[str, int], places: Places) -> Iterator[RegisterNote]:
+    """Registers that lead into freed or damaged chunks or malloc's own data; what they lead to may be long out of use."""
+    for name, value in registers.items():
+        place = places.in_heap(value) if name not in _NO_POINTERS else None
+        if place is not None and place.kind in _NOTED:
+            yield RegisterNote(name, place)
+
+
+def _fault(core: Core, thread: Thread, places: Places) -> PlaceNote | None:
+    """What lies where memory could not be accessed; None for signals that do not come of that, or do not say where."""
+    process = core.process
+    if process.signal not in (SIGSEGV, SIGBUS):
+        return None
+    if process.fault_address is not None:
+        was_denied = process.signal == SIGSEGV and process.signal_code == SEGV_ACCERR
+        return places.fault(process.fault_address, was_denied=was_denied)
+    if process.signal_code == SI_KERNEL and core.machine == "x86_64":
+        return _non_canonical(core, thread)
+    return None
+
+
+def _non_canonical(core: Core, thread: Thread) -> PlaceNote | None:
+    """The address of a general protection fault, which the kernel does not tell: by the instruction and its registers.
+
+    Where the instruction is not in the core, the one register that holds no address, if it is one.
+    """
+    registers, counter = thread.registers, thread.program_counter
+    if not is_canonical(counter, core.machine):
+        return PlaceNote(counter, FaultKind.NON_CANONICAL, "rip itself is no address on x86-64")
+    code = _code_at(core, counter)
+    if code:
+        from coreheap.corefile.operands import x86_64_operands
+
+        for operand in x86_64_operands(code, counter, registers) or ():
+            if not is_canonical(operand.address, core.machine):
+                wrong = [name for name in operand.registers if not is_canonical(registers[name], core.machine)]
+                cause = f"{' and '.join(wrong or operand.registers)} of the instruction that failed"
+                return PlaceNote(operand.address, FaultKind.NON_CANONICAL, f"no address on x86-64: {cause}")
+        if code[0] in (0xC3, 0xC2) or code[:2] == b"\xf3\xc3":
+            return _returned_to(core, thread)
+        return None
+    wrong = [
+        name
+        for name, value in registers.items()
+        if name not in _NO_POINTERS and not name.endswith("_base") and not is_canonical(value, core.machine)
+    ]
+    if len(wrong) != 1:
+        return None
+    text = f"no address on x86-64: {wrong[0]}, the only such register (the instruction is not in the core)"
+    return PlaceNote(registers[wrong[0]], FaultKind.NON_CANONICAL, text)
+
+
+def _returned_to(core: Core, thread: Thread) -> PlaceNote | None:
+    """Where a return instruction would have gone, when that is no address: the stack was overwritten."""
+    try:
+        target = core.memory.read_word(thread.stack_pointer)
+    except MemoryFault:
+        return None
+    if is_canonical(target, core.machine):
+        return None
+    return PlaceNote(target, FaultKind.NON_CANONICAL, "no address on x86-64: the return address on the stack")
+
+
+def _code_at(core: Core, address: int) -> bytes:
+    """Up to 15 bytes of code, the longest instruction of x86."""
+    for byte_count in (15, 4, 1):
+        try:
+            return core.memory.read(address, byte_count)
+        except MemoryFault:
+            continue
+    return b""

@@ -1,1 +1,5 @@
-"""What happened to a damaged heap: foreign bytes, their culprits, repairs."""
+"""From contradictions in a heap to damages: what happened, where to the byte, and who did it as far as the bytes tell."""
+
+from coreheap.forensics.survey import DAMAGES_KEPT, DamageSurvey, find_damages
+
+__all__ = ["DAMAGES_KEPT", "DamageSurvey", "find_damages"]

@@ -40,6 +40,7 @@ from coreheap.kernels.index import GRANULES_PER_WORD, MMAPPED, ChunkIndex, words
 from coreheap.kernels.values import (
     CHUNK_MASK,
     INTERIOR,
+    NO_WORD,
     ArenaCandidates,
     ChainOutcome,
     ChunkGeometry,
@@ -62,6 +63,7 @@ __all__ = [
     "GRANULES_PER_WORD",
     "INTERIOR",
     "MMAPPED",
+    "NO_WORD",
     "STATE_SLOTS",
     "ArenaCandidates",
     "ChainOutcome",

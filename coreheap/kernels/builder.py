@@ -94,6 +94,40 @@ class ChunkIndexBuilder:
         self.start_bits()[row, 0] |= np.uint64(1 << bit)
         self._state[self._chunks - 1] = state
 
+    def rewind(self, offset: int) -> None:
+        """Forgets the open region's chunks from an offset on, at which one of them starts or the last one ends."""
+        first, beside = divmod(offset, self.geometry.alignment)
+        if self._start is None or beside or not 0 <= offset <= self._end_offset:
+            raise ValueError(f"no chunk starts at offset {offset}")
+        last = words_for(self._end_offset, self.geometry.alignment)
+        row, bit = divmod(first, GRANULES_PER_WORD)
+        rows = self.start_bits()[row:last]
+        if len(rows):
+            kept = int(rows[0, 0]) & ((1 << bit) - 1)
+            forgotten = np.ascontiguousarray(rows[:, 0])
+            forgotten[0] ^= np.uint64(kept)
+            self._chunks -= int(np.unpackbits(forgotten.view(np.uint8)).sum())
+            rows[:, 0] = 0
+            rows[0, 0] = kept
+        self._end_offset = offset
+
+    def starts_before(self, offset: int, count: int) -> list[int]:
+        """Offsets of the open region at which its last chunks before ``offset`` start, the nearest first."""
+        granule = offset // self.geometry.alignment
+        found: list[int] = []
+        bits = self.start_bits()
+        for row in range(min(granule // GRANULES_PER_WORD, len(bits) - 1), -1, -1):
+            word = int(bits[row, 0])
+            if row == granule // GRANULES_PER_WORD:
+                word &= (1 << granule % GRANULES_PER_WORD) - 1
+            while word and len(found) < count:
+                bit = word.bit_length() - 1
+                word ^= 1 << bit
+                found.append((row * GRANULES_PER_WORD + bit) * self.geometry.alignment)
+            if len(found) >= count:
+                break
+        return found
+
     def _extend(self, chunk_count: int, end_offset: int) -> None:
         capacity = self._words * GRANULES_PER_WORD * self.geometry.alignment
         if self._start is None or not 0 <= chunk_count <= len(self._state) - self._chunks:

@@ -92,7 +92,7 @@ class ListKind(IntEnum):
 
 
 class ListError(IntEnum):
-    """What is wrong with a free list. Those up to COUNT_MISMATCH do not stop its walk."""
+    """What is wrong with a free list. Those up to COUNT_MISMATCH, and those that say so, do not stop its walk."""
 
     NONE = 0
     WRONG_SIZE = 1
@@ -111,3 +111,18 @@ class ListError(IntEnum):
     """The chunk is on this list (a cycle) or another one already. Address: its header."""
     NOT_SAVED = 8
     """The link of the last counted chunk is not in the core. Address: the word that is missing."""
+    NOT_SORTED = 9
+    """Goes on. A chunk of a sorted list is out of its order of sizes. Address: its header."""
+    BROKEN_SIZE_RING = 10
+    """Goes on. fd_nextsize or bk_nextsize of the first chunk of its size is not the neighbour's. Address: its header."""
+    STRAY_SIZE_LINK = 11
+    """Goes on. fd_nextsize or bk_nextsize is set in a chunk that is not the first of its size, or unsorted. Address: its header."""
+    WRONG_KEY = 12
+    """Goes on. Word 1 of a cached block is not the key. Address: its header."""
+    LOOKS_IN_USE = 13
+    """Goes on. A chunk is linked from both sides of a bin, but the next chunk's PREV_INUSE is set. Address: its header."""
+    LOOKS_FREE = 14
+    """Goes on. A chunk of a singly linked list whose successor's PREV_INUSE is clear. Address: its header."""
+    BROKEN_FORWARD_LINK = 15
+    """``fd`` is not the chunk behind. Address: header of the node (or bin header) that holds it. Stops the walk along
+    ``fd`` where the chunk that it leads to belongs to another list; goes on where it was met along ``bk``."""

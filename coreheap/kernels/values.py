@@ -28,6 +28,10 @@ OFFSET_LIMIT = 1 << 62
 """No region is larger, so that sums of two offsets cannot wrap."""
 
 
+NO_WORD: Final = (1 << 64) - 1
+"""Stands for a word that is not known; no address and no link of a list is that."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkGeometry:
     """The sizes that malloc chunks of one process are made of, all in bytes.
@@ -111,8 +115,11 @@ class OverlayOutcome:
     ``ListError``) and ``error_address`` (uint64): the first error, NONE and 0 for a sound list. ``stop_code`` (uint8):
     the error that ended the walk of the list, NONE where it reached its proper end. ``error_count``: int64.
 
-    ``errors``: uint64[k, 5], the first errors of all lists in the order found, with the columns list, code, address,
-    address of the word that held the pointer (0: the head), position within the list (0: the first chunk).
+    ``closed`` (bool): whether every chunk of the list was found, along ``bk`` where ``fd`` is broken.
+
+    ``errors``: uint64[k, 7], the first errors of all lists in the order found, with the columns list, code, address,
+    address of the word that held the pointer (0: the head), position within the list (0: the first chunk), address of the
+    word that is wrong (0: the head; NO_WORD: no single one), what it should hold (NO_WORD: unknown).
     ``error_total`` may exceed k.
     """
 
@@ -124,6 +131,7 @@ class OverlayOutcome:
     error_count: Int64Array
     errors: UInt64Array
     error_total: int
+    closed: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,9 +46,8 @@ _TAKE_A_VALUE = frozenset(
 )
 _BEGIN_THE_PROGRAM = frozenset(("-jar", "-m", "--module"))
 
-# In the order in which the JVM reads them: what comes later counts.
-_BEFORE = ("JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS")
-_AFTER = ("_JAVA_OPTIONS",)
+# In the order in which they are read: what comes later counts. Only the launcher reads the second one.
+_BEFORE, _OF_LAUNCHER, _AFTER = "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS"
 
 
 def java_settings(
@@ -65,12 +64,14 @@ def java_settings(
         return JavaSettings(None)
     found: list[JavaOption] = []
     elsewhere: list[str] = []
-    for name in _BEFORE:
-        _collect(environment.get(name, "").split(), name, found, elsewhere)
+    _collect(environment.get(_BEFORE, "").split(), _BEFORE, found, elsewhere)
     if launched:
+        _collect(environment.get(_OF_LAUNCHER, "").split(), _OF_LAUNCHER, found, elsewhere)
         _collect(_launcher_options(arguments[1:]), COMMAND_LINE, found, elsewhere)
-    for name in _AFTER:
-        _collect(environment.get(name, "").split(), name, found, elsewhere)
+    else:
+        # A program with a JVM inside gives it options in its own way.
+        elsewhere.append(_file_name(arguments[0])[:LONGEST_VALUE] if arguments else "")
+    _collect(environment.get(_AFTER, "").split(), _AFTER, found, elsewhere)
     return JavaSettings(tuple(_marked(found[:MOST_OPTIONS])), tuple(elsewhere[:MOST_OPTIONS]))
 
 

@@ -75,6 +75,13 @@ def read_settings(core: Core, heap: HeapSnapshot | None) -> Settings:
         gaps.append(
             Gap("initial_stack_missing", "what the environment and the arguments asked of malloc and a JVM is unknown")
         )
+    elif not stack.is_intact:
+        gaps.append(
+            Gap(
+                "environment_overwritten",
+                "the program has written over its environment, as changing its title does; what that asked of malloc is unknown",
+            )
+        )
     else:
         wishes = tuple(_judged(_wishes(stack.environment), own, word_bytes, bool(secure)))
     return Settings(
@@ -85,7 +92,7 @@ def read_settings(core: Core, heap: HeapSnapshot | None) -> Settings:
         java=java_settings(
             [module.path for module in core.modules],
             None if stack is None else stack.arguments,
-            None if stack is None else stack.environment,
+            None if stack is None or not stack.is_intact else stack.environment,
         ),
         gaps=tuple(gaps),
     )

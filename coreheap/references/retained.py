@@ -56,6 +56,9 @@ def _retained_sizes(graph: ReferenceGraph) -> RetainedSizes:
 
 def find_retained(graph: ReferenceGraph, top: int = 20) -> RetainedReport:
     """The chunks under the roots that retain most, and the accumulation points, the largest first."""
+    if not len(graph.verdict):
+        # Arenas whose chunks are all missing or past recognition.
+        return RetainedReport((), (), 0)
     sizes = retained_sizes(graph)
     namer = Namer(graph)
     under_roots = np.flatnonzero(sizes.tree.dominator == 0)[1:]

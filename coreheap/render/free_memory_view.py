@@ -20,6 +20,7 @@ LONGEST_HOLDER = 60
 _TOP_STAYS = {
     TopStays.BELOW_THRESHOLD: "below threshold",
     TopStays.NO_LARGE_FREE: "no large free",
+    TopStays.KEPT_BY_TOP_PAD: "top_pad",
     TopStays.NOT_AT_BREAK: "not at break",
     TopStays.NO_TOP: "older heap",
     TopStays.UNKNOWN: "unknown",

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from enum import Enum
 from importlib import resources
 
-from coreheap.evidence import Anomaly, Evidence, Gap
+from coreheap.evidence import Anomaly, Gap
 from coreheap.heap import (
     BINNED_STATES,
     AllocatorIdentity,
@@ -26,15 +26,18 @@ from coreheap.heap import (
     SubHeap,
 )
 from coreheap.quantities import AddressRange
+from coreheap.render.damage_document import crash_value, damages_value, integrity_value
+from coreheap.render.discretion import discreet_word, place_of, without_content
 from coreheap.render.free_memory_document import free_memory_value
-from coreheap.render.json_values import Json, address_value, number_value, text_or_null, text_value
+from coreheap.render.integrity import is_about_integrity
+from coreheap.render.json_values import Json, address_value, evidence_value, number_value, text_or_null, text_value
 from coreheap.render.leak_documents import leaks_value, retained_value
 from coreheap.render.maps import mappings_value
 from coreheap.render.settings_document import settings_value
 from coreheap.render.tables import json_rows, threads_table
 from coreheap.report import CoreSummary, Finding, LedgerNode, Phase, ProcessSummary, Quantity, Report, Unit
 
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
 """Grows in its second number when keys are added; the first would change only if a key changed its meaning."""
 
 ADDRESS_PARAMETERS = frozenset({"sbrk_base"})
@@ -55,18 +58,23 @@ def schema_text(name: SchemaName) -> str:
 
 def json_text(report: Report) -> str:
     """The document as text, indented, ASCII only, with a newline at its end."""
-    return json.dumps(json_document(report), indent=2, allow_nan=False) + "\n"
+    return _text(json_document(report))
+
+
+def check_json_text(report: Report) -> str:
+    """The document of ``check`` as text, like that of ``json_text``."""
+    return _text(check_document(report))
+
+
+def _text(document: dict[str, Json]) -> str:
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
 
 def json_document(report: Report) -> dict[str, Json]:
     """The report as plain JSON values; the same report gives the same document."""
     heap = report.heap
     return {
-        "schema_version": SCHEMA_VERSION,
-        "tool": {"name": "coreheap", "version": report.tool_version, "kernels": report.kernels},
-        "core": _core(report.core),
-        "process": _process(report.process),
-        "allocator": None if heap is None else _allocator(heap.identity, heap.parameters, heap),
+        **_opening(report),
         "is_partial": report.is_partial,
         "verdict": [
             {
@@ -78,6 +86,8 @@ def json_document(report: Report) -> dict[str, Json]:
                 "weakened_by": [text_value(reason) for reason in item.weakened_by],
                 "resident_low_bytes": item.resident_low,
                 "resident_high_bytes": item.resident_high,
+                "of_resident_low_bytes": item.of_resident_low,
+                "of_resident_high_bytes": item.of_resident_high,
             }
             for item in report.verdict
         ],
@@ -90,6 +100,9 @@ def json_document(report: Report) -> dict[str, Json]:
         "free_memory": free_memory_value(report.free_memory),
         "mappings": mappings_value(report),
         "ledger": _ledger(report.ledger),
+        "integrity": integrity_value(report),
+        "crash": crash_value(report.crash),
+        "damages": damages_value(report.damages),
         "findings": [_finding(finding) for finding in report.findings],
         "anomalies": [_anomaly(anomaly) for anomaly in report.anomalies],
         "anomaly_count": report.anomaly_count,
@@ -97,6 +110,54 @@ def json_document(report: Report) -> dict[str, Json]:
         "other_allocators": [text_value(name) for name in report.other_allocators],
         "defects": [text_value(defect) for defect in report.defects],
         "phases": [_phase(phase) for phase in report.phases],
+    }
+
+
+CHECK_KEYS = (
+    "schema_version",
+    "tool",
+    "core",
+    "process",
+    "allocator",
+    "integrity",
+    "crash",
+    "damages",
+    "findings",
+    "anomalies",
+    "anomaly_count",
+    "is_partial",
+    "gaps",
+    "defects",
+    "phases",
+)
+"""The keys of the document that ``check`` writes, each as in the report's."""
+
+
+def check_document(report: Report) -> dict[str, Json]:
+    """What ``check`` says: the part of the report's document that is about damage and the crash, and the findings about these."""
+    return {
+        **_opening(report),
+        "integrity": integrity_value(report),
+        "crash": crash_value(report.crash),
+        "damages": damages_value(report.damages),
+        "findings": [_finding(finding) for finding in report.findings if is_about_integrity(finding)],
+        "anomalies": [_anomaly(anomaly) for anomaly in report.anomalies],
+        "anomaly_count": report.anomaly_count,
+        "is_partial": report.is_partial,
+        "gaps": [_gap(gap) for gap in report.gaps],
+        "defects": [text_value(defect) for defect in report.defects],
+        "phases": [_phase(phase) for phase in report.phases],
+    }
+
+
+def _opening(report: Report) -> dict[str, Json]:
+    heap = report.heap
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool": {"name": "coreheap", "version": report.tool_version, "kernels": report.kernels},
+        "core": _core(report.core),
+        "process": _process(report.process),
+        "allocator": None if heap is None else _allocator(heap.identity, heap.parameters, heap),
     }
 
 
@@ -140,7 +201,7 @@ def _allocator(identity: AllocatorIdentity, parameters: MallocParameters | None,
         "parameters": None if parameters is None else _parameters(parameters),
         "narenas_limit": heap.narenas_limit,
         "limit_reason": text_value(heap.limit_reason) or None,
-        "evidence": _evidence(identity.evidence),
+        "evidence": evidence_value(identity.evidence),
         "confidence": identity.confidence.value,
         "copies": [_copy(copy, heap) for copy in heap.copies],
     }
@@ -156,7 +217,7 @@ def _copy(copy: MallocCopy, heap: HeapSnapshot) -> Json:
         "arenas": copy.arena_count,
         "system_mem": copy.system_mem,
         "threads": _threads_of_copy(copy.number, heap) if copy.number else None,
-        "evidence": _evidence(copy.evidence),
+        "evidence": evidence_value(copy.evidence),
         "confidence": copy.confidence.value,
     }
 
@@ -286,7 +347,7 @@ def _finding(finding: Finding) -> Json:
         "subject": text_value(finding.subject),
         "quantities": {quantity.name: _quantity(quantity) for quantity in finding.quantities},
         "units": {quantity.name: quantity.unit.value for quantity in finding.quantities},
-        "evidence": _evidence(finding.evidence),
+        "evidence": evidence_value(finding.evidence, discreet=is_about_integrity(finding)),
         "next_steps": [text_value(step) for step in finding.next_steps],
         "weakened_by": [text_value(reason) for reason in finding.weakened_by],
     }
@@ -301,26 +362,20 @@ def _quantity(quantity: Quantity) -> Json:
     return number_value(value)
 
 
-def _evidence(evidence: Iterable[Evidence]) -> Json:
-    return [
-        {
-            "statement": text_value(fact.statement),
-            "source": text_value(fact.source),
-            "strength": fact.strength.name.lower(),
-            "address": address_value(fact.address),
-            "speaks_against": fact.speaks_against,
-        }
-        for fact in evidence
-    ]
-
-
 def _anomaly(anomaly: Anomaly) -> Json:
     return {
         "code": anomaly.code,
-        "address": address_value(anomaly.address),
-        "expected": text_value(anomaly.expected),
-        "observed": text_value(anomaly.observed),
+        "address": address_value(place_of(anomaly)),
+        "expected": text_value(without_content(anomaly.expected)),
+        "observed": text_value(without_content(anomaly.observed)),
         "arena": anomaly.arena,
+        "message": text_or_null(anomaly.message),
+        "arena_locked": anomaly.arena_locked,
+        "confidence": anomaly.confidence.value,
+        "word_address": address_value(anomaly.word_address),
+        "expected_word": address_value(discreet_word(anomaly.expected_word)),
+        "observed_word": address_value(discreet_word(anomaly.observed_word)),
+        "header_address": address_value(anomaly.header_address),
     }
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
+from coreheap.evidence import Evidence
 from coreheap.quantities import format_address
+from coreheap.render.discretion import without_content
 from coreheap.render.escaping import without_surrogates
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
@@ -30,3 +33,17 @@ def number_value(value: int | float | None) -> int | float | None:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def evidence_value(evidence: Iterable[Evidence], *, discreet: bool = False) -> Json:
+    """Pieces of evidence, in their order; ``discreet`` leaves out numbers that may be the process's own data."""
+    return [
+        {
+            "statement": text_value(without_content(fact.statement) if discreet else fact.statement),
+            "source": text_value(fact.source),
+            "strength": fact.strength.name.lower(),
+            "address": address_value(fact.address),
+            "speaks_against": fact.speaks_against,
+        }
+        for fact in evidence
+    ]

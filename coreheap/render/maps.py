@@ -131,6 +131,7 @@ def mappings_value(report: Report) -> Json:
         return None
     return {
         "residency": report.mappings.basis.value,
+        "residency_confidence": report.mappings.residency_confidence.value,
         "kinds": [dict(row) for row in json_rows(kinds_table(report))],
     }
 

@@ -16,7 +16,7 @@ from enum import Enum
 from coreheap.free_memory import FreeMemoryReport
 from coreheap.heap import Arena, ChunkRegion, ChunkState, HeapSnapshot, RegionKind, StateTotal, SubHeap, ThreadCache
 from coreheap.quantities import format_address
-from coreheap.render.escaping import without_surrogates
+from coreheap.render.escaping import printable, without_surrogates
 from coreheap.render.free_memory_document import arena_cells, heap_cells
 from coreheap.report import Report
 
@@ -296,7 +296,8 @@ def _csv_cell(cell: Cell, kind: CellKind) -> str:
         return ""
     if isinstance(cell, bool):
         return "true" if cell else "false"
-    return str(_json_cell(cell, kind))
+    # JSON escapes by itself what a terminal would obey; CSV has no escapes.
+    return printable(cell) if isinstance(cell, str) else str(_json_cell(cell, kind))
 
 
 def _arenas(report: Report) -> tuple[Arena, ...]:

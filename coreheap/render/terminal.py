@@ -14,9 +14,12 @@ from rich.text import Text
 from coreheap.evidence import Confidence, Evidence
 from coreheap.heap import BINNED_STATES, Arena, ChunkState, HeapSnapshot, StateTotal
 from coreheap.quantities import format_address, format_bytes, format_count, format_share
+from coreheap.render.discretion import without_content
 from coreheap.render.escaping import printable, shortened
 from coreheap.render.free_memory_view import add_free_memory
+from coreheap.render.integrity import is_about_integrity
 from coreheap.render.page import Page, PageStyle, counted, part_of_all, plain_table
+from coreheap.render.terminal_damage import add_crash, add_damages, is_worth_telling
 from coreheap.render.terminal_leaks import add_leaks
 from coreheap.render.terminal_maps import ledger_with_residency
 from coreheap.render.terminal_settings import add_settings
@@ -56,8 +59,12 @@ LIST_LENGTH = 10
 def report_text(report: Report, style: PageStyle) -> str:
     """The whole report as text; ends in a newline."""
     page = Page(style)
-    _headline(page, report)
+    add_headline(page, report)
     _verdict(page, report)
+    if report.damages:
+        add_damages(page, report.damages, brief=True)
+    if report.crash is not None and is_worth_telling(report.crash):
+        add_crash(page, report.crash, report.process.pid, brief=True)
     _ledger(page, report.ledger)
     if report.heap is not None:
         _states(page, report, report.heap)
@@ -69,16 +76,17 @@ def report_text(report: Report, style: PageStyle) -> str:
     _findings(page, report)
     if report.settings is not None and report.heap is not None:
         add_settings(page, report.settings)
-    _gaps(page, report)
+    add_gaps(page, report)
     _anomalies(page, report)
     if report.heap is not None:
         _allocator(page, report.heap)
     if style.verbose:
-        _phases(page, report)
+        add_phases(page, report)
     return page.text()
 
 
-def _headline(page: Page, report: Report) -> None:
+def add_headline(page: Page, report: Report) -> None:
+    """The file, the process, and how it ended, in three or four lines."""
     core, process = report.core, report.process
     made_by = "" if core.made_by == "unknown" else f", written by {_maker(core.made_by)}"
     packed = f", {core.compression} compressed" if core.compression else ""
@@ -304,7 +312,7 @@ def _finding(page: Page, finding: Finding) -> None:
     page.add(title)
     page.add(finding_sentence(finding), indent=4)
     _quantities(page, finding)
-    _evidence(page, finding.evidence)
+    _evidence(page, finding.evidence, discreet=is_about_integrity(finding))
     for step in finding.next_steps:
         page.bullet(Text.assemble(("next: ", "bold"), printable(step)), indent=4)
     for reason in finding.weakened_by:
@@ -329,10 +337,10 @@ def _quantities(page: Page, finding: Finding) -> None:
             page.bullet(Text.assemble((f"{quantity_label(quantity)}  ", "dim"), quantity_text(quantity)), "", indent=5)
 
 
-def _evidence(page: Page, evidence: tuple[Evidence, ...], indent: int = 4) -> None:
+def _evidence(page: Page, evidence: tuple[Evidence, ...], indent: int = 4, *, discreet: bool = False) -> None:
     for fact in evidence if page.style.verbose else evidence[:LIST_LENGTH]:
         place = "" if fact.address is None else f" at {format_address(fact.address)}"
-        line = Text(shortened(fact.statement, 2 * LONGEST_TEXT))
+        line = Text(shortened(without_content(fact.statement) if discreet else fact.statement, 2 * LONGEST_TEXT))
         line.append(f" ({printable(fact.source)}{place}; {fact.strength.name.lower()})", style="dim")
         page.bullet(line, sign="x" if fact.speaks_against else "+", indent=indent)
     _more(page, len(evidence), "pieces of evidence", indent)
@@ -343,7 +351,8 @@ def _more(page: Page, total: int, what: str, indent: int) -> None:
         page.add(Text(f"+{total - LIST_LENGTH:,} more {what} (-v)", style="dim"), indent=indent)
 
 
-def _gaps(page: Page, report: Report) -> None:
+def add_gaps(page: Page, report: Report) -> None:
+    """What cannot be known, bounded unless -v asks for all."""
     if not report.gaps:
         return
     page.heading("What cannot be known from this core")
@@ -395,7 +404,8 @@ def _copies(page: Page, heap: HeapSnapshot) -> None:
     page.add(table, indent=2)
 
 
-def _phases(page: Page, report: Report) -> None:
+def add_phases(page: Page, report: Report) -> None:
+    """What each phase of the analysis cost."""
     page.heading("What the analysis cost", f"{printable(report.kernels)} kernels")
     table = plain_table((("phase", False), ("CPU", True), ("elapsed", True), ("peak memory", True)))
     for phase in report.phases:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
+from coreheap.evidence import Confidence
 from coreheap.mappings import ResidencyBasis
 from coreheap.quantities import format_address, format_bytes, format_count, format_share
 from coreheap.render.maps import MapsOrder, kinds_table, mapping_tables, owner_text, total_row
@@ -25,6 +26,11 @@ _BASIS_TEXT = {
     "of zeros from pages that were never there.",
     ResidencyBasis.UNKNOWN: "In memory: unknown; the core holds no private memory to judge by.",
 }
+
+_HOLES_UNSURE = (
+    "That the holes are the kernel's is plausible: a copy made by cp --sparse=always onto NFS, ZFS or Lustre would look the same, and"
+    " more was in memory then."
+)
 
 _KINDS_OF_FILES = ("module_text", "module_rodata", "module_data", "module_bss", "mapped_file")
 """Whose names are paths; the last part is enough where there is little room."""
@@ -141,3 +147,5 @@ def _bytes(cell: Cell) -> str:
 def _add_basis(page: Page, report: Report) -> None:
     if report.mappings is not None:
         page.add(Text(_BASIS_TEXT[report.mappings.basis], style="dim"))
+        if report.mappings.residency_confidence is not Confidence.CERTAIN:
+            page.add(Text(_HOLES_UNSURE, style="dim"))

@@ -152,6 +152,6 @@ def _add_java(page: Page, java: JavaSettings) -> None:
     if len(options) > LIST_LENGTH and not page.style.verbose:
         page.add(Text(f"+{len(options) - LIST_LENGTH:,} more options of the JVM (-v)", style="dim"), indent=2)
     for argument in java.options_elsewhere[:LIST_LENGTH]:
-        page.bullet(
-            f"JVM {shortened(argument, LONGEST_VALUE)}: more options in a file, which is not in the core", sign="?"
-        )
+        is_file = argument.startswith(("@", "-"))
+        unknown = "more options in a file, which is not in the core" if is_file else "what it gave the JVM is not known"
+        page.bullet(f"JVM {'' if is_file else 'started by '}{shortened(argument, LONGEST_VALUE)}: {unknown}", sign="?")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from coreheap.evidence import Confidence
 from coreheap.quantities import format_bounds, format_bytes, format_share
 from coreheap.render.escaping import shortened
-from coreheap.render.wording import LONGEST_TEXT, humanized
+from coreheap.render.wording import LONGEST_TEXT, finding_sentence, humanized
 from coreheap.report import Finding, Report, Severity, VerdictItem
 
 LEADS = {
@@ -34,18 +34,40 @@ WORTH_A_WORD = 0.05
 def verdict_paragraph(report: Report) -> str:
     """The answer in a few sentences; empty where the report has no verdict."""
     items = [item for item in report.verdict if item.whole == "writable_private"]
-    return " ".join((*_memory(items), *_leaks(report), *_remedies(report, items))) if items else ""
+    memory = (*_memory(items), *_leaks(report), *_remedies(report, items)) if items else ()
+    return " ".join((*_damage(report), *memory))
+
+
+def _damage(report: Report) -> Iterator[str]:
+    """What comes before all else: damage that is more than a suspicion."""
+    grave = [finding for finding in report.findings if is_grave_damage(finding)]
+    if grave:
+        rest = "" if len(grave) == 1 else f" (the gravest of {len(grave)} such findings)"
+        yield f"The heap is damaged: {uncapitalized(finding_sentence(grave[0]))}".removesuffix(".") + f"{rest}."
+
+
+def is_grave_damage(finding: Finding) -> bool:
+    """Whether a finding says, more than as a suspicion, that malloc will stop or follow into foreign memory."""
+    return (
+        finding.severity is Severity.ERROR and finding.confidence.rank >= Confidence.STRONG.rank and is_damage(finding)
+    )
+
+
+def is_damage(finding: Finding) -> bool:
+    """Whether a finding is a damage of the heap."""
+    return finding.code.startswith("CORRUPTION") or finding.code in ("DOUBLE-FREE", "USE-AFTER-FREE")
+
+
+def uncapitalized(sentence: str) -> str:
+    """A sentence that goes on behind a colon; names keep their capitals."""
+    return sentence[:1].lower() + sentence[1:] if sentence[1:2].islower() or sentence[1:2] == " " else sentence
 
 
 def _memory(items: list[VerdictItem]) -> Iterator[str]:
     first = items[0]
-    known = [(item.resident_low, item.resident_high) for item in items]
-    lows = [low for low, _ in known if low is not None]
-    highs = [high for _, high in known if high is not None]
-    if len(lows) == len(highs) == len(items):
-        low, high = sum(lows), sum(highs)
-        # The parts of one arena have bounds that exclude each other: all of it is no more than the sum of both.
-        of_which = f", of which {format_bounds(low, high)} were in memory or swapped out" if high else ""
+    if first.of_resident_low is not None and first.of_resident_high is not None:
+        in_memory = format_bounds(first.of_resident_low, first.of_resident_high)
+        of_which = f", of which {in_memory} were in memory or swapped out" if first.of_resident_high else ""
         yield f"The program could write {format_bytes(first.of_bytes)}{of_which}."
     else:
         yield f"The program could write {format_bytes(first.of_bytes)}; how much of it was in memory is not known."

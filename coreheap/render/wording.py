@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from coreheap.evidence import Anomaly, Gap
 from coreheap.quantities import format_address, format_bytes, format_count, format_share
+from coreheap.render.discretion import place_of, without_content
 from coreheap.render.escaping import printable, shortened
 from coreheap.report import Finding, Quantity, Severity, Unit, VerdictItem
 
@@ -99,6 +100,24 @@ def verdict_text(item: VerdictItem) -> str:
     return _VERDICTS.get(item.topic, humanized(item.topic))
 
 
+PLACES = {
+    "chunk_header": "the header of a chunk",
+    "prev_size": "the prev_size of a chunk",
+    "top": "the size of top, the free end of the arena",
+    "tcache_link": "the links of a block in a tcache",
+    "fastbin_link": "the link of a chunk in a fastbin",
+    "bin_link": "the links of a chunk in a bin",
+    "free_content": "the content of a free block",
+    "tcache_structure": "a thread's tcache structure",
+    "malloc_state": "the arena's own structure (malloc_state)",
+    "heap_info": "the header of a sub-heap (heap_info)",
+    "malloc_par": "malloc's parameters (mp_)",
+    "mmapped_header": "the header of an mmapped chunk",
+    "free_list": "a list of free chunks",
+}
+"""Which of malloc's data a damage is in, by the words that ``damage.DamagedPlace`` and findings use."""
+
+
 class _Shown:
     """A finding's quantities as texts by name; a missing one raises KeyError, and the generic sentence takes over."""
 
@@ -111,6 +130,15 @@ class _Shown:
     def has(self, name: str) -> bool:
         """Whether the finding has a quantity of that name that is known and not 0."""
         return name in self._by_name and bool(self._by_name[name].value)
+
+    def if_known(self, before: str, name: str, behind: str = "") -> str:
+        """The quantity between two texts; nothing at all where it is missing, unknown or 0."""
+        return f"{before}{self[name]}{behind}" if self.has(name) else ""
+
+    def place(self, otherwise: str) -> str:
+        """Which of malloc's data is meant."""
+        word = self._by_name["place"].value if self.has("place") else None
+        return PLACES.get(word, humanized(word)) if isinstance(word, str) else otherwise
 
 
 def _arena_bloat(shown: _Shown) -> str:
@@ -175,6 +203,86 @@ def _allocator_abort(shown: _Shown) -> str:
     return f"glibc itself stopped the process: {shown['message']}"
 
 
+def _overflow(shown: _Shown) -> str:
+    foreign = (
+        f"{shown['byte_count']} behind it are foreign" if shown.has("byte_count") else "what is behind it is foreign"
+    )
+    return (
+        f"A live block{shown.if_known(' at ', 'culprit_address')}{shown.if_known(', held by ', 'culprit_holder', ',')} was written past its end, over "
+        f"{shown.place('the header of the next chunk')}: {foreign}{shown.if_known(', from ', 'address', ' on')}."
+    )
+
+
+def _corruption_header(shown: _Shown) -> str:
+    return (
+        f"{_capital(shown.place('the header of a chunk'))}{shown.if_known(' at ', 'victim_address')} is damaged"
+        f"{shown.if_known(': the wrong bytes begin at ', 'address')}{_lost(shown)}."
+    )
+
+
+def _corruption_free_list(shown: _Shown) -> str:
+    return (
+        f"{_capital(shown.place('a list of free chunks'))} is damaged{shown.if_known(' at ', 'address')}: the next malloc or "
+        "free that uses the list takes a wrong block, or stops the process."
+    )
+
+
+def _corruption_allocator_data(shown: _Shown) -> str:
+    return (
+        f"{_capital(shown.place('data of malloc itself'))}{shown.if_known(' at ', 'address')} holds what malloc never "
+        f"writes there{_lost(shown)}."
+    )
+
+
+def _corruption_mmapped(shown: _Shown) -> str:
+    return (
+        f"The header of the mmapped block{shown.if_known(' at ', 'victim_address')} is damaged: free or realloc of it would "
+        "stop the process or unmap other memory."
+    )
+
+
+def _invalid_free(shown: _Shown) -> str:
+    return (
+        f"A list of free chunks holds{shown.if_known(' ', 'address', ',')} what malloc never gave out: free was called with a "
+        "wrong pointer, or the list's link was overwritten."
+    )
+
+
+def _double_free(shown: _Shown) -> str:
+    return (
+        f"The block{_victim(shown)} is free twice: two later calls of malloc would both be given it, and two owners "
+        "would write over each other."
+    )
+
+
+def _use_after_free(shown: _Shown) -> str:
+    return (
+        f"The free block{_victim(shown)} was written to after it was freed: {shown.place('its content')} changed"
+        f"{shown.if_known(' at ', 'address')}."
+    )
+
+
+def _allocator_locked(shown: _Shown) -> str:
+    count = shown["locked_arenas"] if shown.has("locked_arenas") else ""
+    which = f"{count} arena{'' if count == '1' else 's'}" if count.isdigit() else "an arena"
+    return f"A thread was inside malloc with {which} locked: what looks damaged there may be what malloc leaves for a moment."
+
+
+def _victim(shown: _Shown) -> str:
+    for name in ("victim_address", "culprit_address", "address"):
+        if shown.has(name):
+            return f" at {shown[name]}"
+    return ""
+
+
+def _lost(shown: _Shown) -> str:
+    return shown.if_known("; ", "lost_bytes", " of heap could not be given to any chunk")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def _other_allocator(shown: _Shown) -> str:
     if shown["allocator"] == "unknown":
         return "No heap of glibc's malloc was found in this core."
@@ -231,6 +339,15 @@ _FINDINGS: dict[str, Callable[[_Shown], str]] = {
     "LEAK": _leak,
     "POSSIBLE-LEAK": _possible_leak,
     "ACCUMULATION": _accumulation,
+    "CORRUPTION-OVERFLOW": _overflow,
+    "CORRUPTION-HEADER": _corruption_header,
+    "CORRUPTION-FREE-LIST": _corruption_free_list,
+    "CORRUPTION-ALLOCATOR-DATA": _corruption_allocator_data,
+    "CORRUPTION-MMAPPED": _corruption_mmapped,
+    "CORRUPTION-INVALID-FREE": _invalid_free,
+    "DOUBLE-FREE": _double_free,
+    "USE-AFTER-FREE": _use_after_free,
+    "ALLOCATOR-LOCKED": _allocator_locked,
 }
 
 _SEVERITY_WORDS = {Severity.INFO: "Noted", Severity.WARNING: "Look at", Severity.ERROR: "Serious"}
@@ -257,6 +374,6 @@ def anomaly_sentence(anomaly: Anomaly) -> str:
     """Where the heap's own data contradicts itself."""
     arena = "" if anomaly.arena is None else f" (arena {anomaly.arena})"
     return (
-        f"{humanized(anomaly.code)} at {format_address(anomaly.address)}{arena}: "
-        f"expected {shortened(anomaly.expected, LONGEST_TEXT)}, found {shortened(anomaly.observed, LONGEST_TEXT)}"
+        f"{humanized(anomaly.code)} at {format_address(place_of(anomaly))}{arena}: "
+        f"expected {shortened(without_content(anomaly.expected), LONGEST_TEXT)}, found {shortened(without_content(anomaly.observed), LONGEST_TEXT)}"
     )

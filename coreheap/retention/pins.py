@@ -18,7 +18,7 @@ from coreheap.free_memory import Pin, PinChain
 from coreheap.heap import ChunkState, ChunkTable, HeapSnapshot
 from coreheap.kernels import chunk_extents
 from coreheap.leaks import Verdict
-from coreheap.retention.runs import RegionRuns
+from coreheap.retention.runs import JOINED_STATES, RegionRuns
 
 Int64s = npt.NDArray[np.int64]
 
@@ -28,11 +28,16 @@ PINS_IN_ALL = 20
 MOST = 0.75
 """Share of the free memory below live chunks that freeing a PinChain would join to the end."""
 
+MOST_LOOKED_AT = 1 << 16
+"""Chunks of a PinChain that are looked at one by one."""
+
 SMALL_SHARE = 16
 """Free bytes for each live byte of a sub-heap from which its live chunks are pins though nothing free lies below them."""
 
 _BATCH = 1 << 20
 _LIVE = (ChunkState.IN_USE, ChunkState.ALLOCATOR_OWN, ChunkState.TCACHE)
+_NEITHER = [state for state in ChunkState if state not in (*_LIVE, *JOINED_STATES)]
+"""Neither live nor known to be free: free chunks on no list, fenceposts, damage."""
 _MOST_FENCEPOSTS = 3
 
 
@@ -106,7 +111,7 @@ def _fenceposts(table: ChunkTable, first: int, end: int) -> Int64s:
     return np.arange(low + (int(others[-1]) + 1 if len(others) else 0), end, dtype=np.int64)
 
 
-def pin_chain(gaps: Gaps) -> PinChain:
+def pin_chain(table: ChunkTable, gaps: Gaps) -> PinChain:
     """What would have to go for most of the free memory below it to join the heap's end."""
     gained = np.cumsum(gaps.pages_below[::-1])
     if not len(gained) or not gained[-1]:
@@ -117,7 +122,18 @@ def pin_chain(gaps: Gaps) -> PinChain:
         gained_bytes=int(gained[last]),
         chunk_count=int(gaps.count[::-1][: last + 1].sum()),
         chunk_bytes=int(gaps.bytes[::-1][: last + 1].sum()),
+        cached_count=_cached(table, gaps.first_chunk[::-1][: last + 1], gaps.end_chunk[::-1][: last + 1]),
     )
+
+
+def _cached(table: ChunkTable, first: Int64s, end: Int64s) -> int | None:
+    """How many of the chunks of some gaps lie in a tcache; None where there are too many chunks to look at."""
+    counts = end - first
+    whole = int(counts.sum())
+    if whole > MOST_LOOKED_AT:
+        return None
+    chunks = np.repeat(first - np.concatenate(([0], np.cumsum(counts)[:-1])), counts) + np.arange(whole)
+    return int(np.count_nonzero(table.index.state[chunks] == ChunkState.TCACHE))
 
 
 def largest_pins(arena: int, sub_heap: int | None, gaps: Gaps) -> Iterator[tuple[Pin, int]]:
@@ -161,17 +177,21 @@ def reported_pins(heap: HeapSnapshot, candidates: Iterable[tuple[Pin, int]]) -> 
 def _in_full(table: ChunkTable, pin: Pin, end_chunk: int) -> Pin:
     """The pin with what its chunks' states and verdicts say; a byte a chunk is read."""
     counts = np.zeros(len(ChunkState), np.int64)
+    other_bytes = 0
     first_in_use: int | None = None
     for start in range(pin.first_chunk, end_chunk, _BATCH):
         states = table.index.state[start : min(start + _BATCH, end_chunk)]
         counts += np.bincount(states, minlength=len(ChunkState))[: len(ChunkState)]
         if first_in_use is None and counts[ChunkState.IN_USE]:
             first_in_use = start + int(np.argmax(states == ChunkState.IN_USE))
+        others = np.flatnonzero(np.isin(states, _NEITHER)) + start
+        other_bytes += int(chunk_extents(table.index, others.astype(np.int64))[1].sum())
     verdict = table.verdict
     return replace(
         pin,
         first_chunk=pin.first_chunk if first_in_use is None else first_in_use,
         live_count=int(sum(counts[state] for state in _LIVE)),
+        live_bytes=pin.live_bytes - other_bytes,
         cached_count=int(counts[ChunkState.TCACHE]),
         verdict=None if verdict is None or first_in_use is None else Verdict(int(verdict[first_in_use])),
     )

@@ -44,6 +44,13 @@ class RegionRuns:
         return round_down(self.runs.end, self.page_bytes)
 
     @property
+    def whole_pages(self) -> tuple[UInt64s, UInt64s]:
+        """The whole pages of the runs that hold any, as disjoint spans by address."""
+        start, end = self.page_start, self.page_end
+        has_any = end > start
+        return start[has_any], end[has_any]
+
+    @property
     def whole_page_bytes(self) -> UInt64s:
         """Bytes of whole pages of each run, uint64."""
         return span_bytes(self.page_start, self.page_end)

@@ -46,6 +46,7 @@ def survey_free_memory(
             candidates.extend(largest_pins(arena.index, sub_heap, gaps))
             totals = sum_of_totals(part.region.totals for part in parts)
             trim = estimate(trim_spans(core, heap, arena, parts), residency)
+            resident = [residency.within(*part.whole_pages) for part in parts]
             place = arena.sub_heaps[sub_heap] if sub_heap is not None else None
             free = sum(part.runs.free_bytes for part in parts)
             whole = sum(int(part.whole_page_bytes.sum()) for part in parts)
@@ -66,7 +67,10 @@ def survey_free_memory(
                     shared_page_bytes=free - whole,
                     trim=trim,
                     top_stays=_top_stays(core, heap, arena, parts, totals),
-                    pins=pin_chain(gaps),
+                    pins=pin_chain(heap.chunks, gaps),
+                    free_resident_low=sum(low for low, _ in resident),
+                    # A page that free memory shares with other chunks was in memory, as far as is known, or not.
+                    free_resident_high=sum(high for _, high in resident) + free - whole,
                 )
             )
         arenas.append(ArenaFreeMemory(arena.index, tuple(heaps)))
@@ -119,6 +123,11 @@ def _top_stays(
         return TopStays.NOT_AT_BREAK
     parameters = heap.copies[arena.copy].parameters if heap.copies else heap.parameters
     threshold = parameters.value("trim_threshold") if parameters else None
-    if threshold is None:
+    if parameters is None or threshold is None:
         return TopStays.UNKNOWN
-    return TopStays.BELOW_THRESHOLD if totals[ChunkState.TOP].chunk_bytes < threshold else TopStays.NO_LARGE_FREE
+    top_bytes = totals[ChunkState.TOP].chunk_bytes
+    if top_bytes < threshold:
+        return TopStays.BELOW_THRESHOLD
+    # systrim and heap_trim (malloc.c, all releases) leave MINSIZE and top_pad, and cut whole pages of the rest.
+    beyond = top_bytes - heap.chunks.index.geometry.minimum_chunk_bytes - 1 - (parameters.value("top_pad") or 0)
+    return TopStays.KEPT_BY_TOP_PAD if beyond < core.page_bytes else TopStays.NO_LARGE_FREE

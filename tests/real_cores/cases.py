@@ -122,8 +122,10 @@ def _thread_cases() -> Iterator[Case]:
     small = ("threads=4", "steps=1500", "slots=60", "limit=2000", "stack=64", "seed=51")
     yield Case("threads_small", "threads", small)
     yield Case("plain_small", "plain", ("seed=61",))
+    yield Case("retitled", "plain", ("seed=62", "title=1"), environment={"MALLOC_ARENA_MAX": "2"})
     yield Case("mapped_memory", "mapped_memory", ("seed=211",))
     yield Case("mapped_memory@filter_all", "mapped_memory", ("seed=212",), coredump_filter=0x7F)
+    yield Case("neighbours", "neighbours", ("seed=213",))
     yield Case("fork_child", "fork_child", ("threads=6", "seed=71"))
     yield Case("fork_child_grows", "fork_child", ("threads=3", "grow=600", "seed=72"))
 
@@ -366,6 +368,8 @@ EXCLUSIONS = (
     Exclusion("graph_*", "*", "for measurements alone, 1 GB and more each"),
     Exclusion("ratchet@late", "*", "on 32-bit no threshold grows that far; nothing of it differs by release"),
     Exclusion("trim*", "*-arm64", "qemu-user does not tell which pages of the program are in memory"),
+    Exclusion("retitled", "*", "about the kernel's stack: nothing differs by release"),
+    Exclusion("neighbours", "*", "about the kernel's mappings: nothing differs by release"),
     Exclusion("no_glibc_heap", "*", "malloc is never called: no heap to compare"),
     Exclusion("long_lists@slow", "*", "for measurements alone; nothing of it differs by release"),
     Exclusion("containers", "bullseye-*", "libstdc++ is this machine's and needs a newer libc"),

@@ -242,6 +242,17 @@ def mapped_bytes(truth: Truth) -> int:
     return total
 
 
+DAMAGE_CODES = ("CORRUPTION-", "DOUBLE-FREE", "USE-AFTER-FREE", "ALLOCATOR-LOCKED")
+
+
+def damage_of_a_sound_heap(report: Report) -> list[str]:
+    """Everything that the report says is damaged."""
+    return [
+        *(f"damage {damage}" for damage in report.damages),
+        *(f"finding {finding.code}" for finding in report.findings if finding.code.startswith(DAMAGE_CODES)),
+    ]
+
+
 def compare_all(report: Report, truth: Truth) -> list[str]:
     """Everything that must hold on an intact core."""
     heap = report.heap
@@ -253,6 +264,7 @@ def compare_all(report: Report, truth: Truth) -> list[str]:
         *ledger_errors(report.ledger),
     ]
     differences += [f"anomaly {anomaly}" for anomaly in report.anomalies]
+    differences += damage_of_a_sound_heap(report)
     differences += [f"gap {gap}" for gap in heap.gaps]
     differences += [f"defect {defect}" for defect in report.defects]
     return differences

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tests.real_cores import truth
 from tests.real_cores.cases import CASES, MATRIX, Case
+from tests.real_cores.damage_cases import DAMAGE
 from tests.real_cores.targets import CannotMake as CannotMake
 from tests.real_cores.targets import TargetFiles, build_files_of, files_of, locked
 
@@ -72,7 +73,7 @@ def core_for(name: str, directory: Path | None = None) -> CorePaths:
     Raises KeyError for an unknown case, CannotMake when this machine lacks what it takes (a test
     skips then), RunFailed when the program did not die as it should.
     """
-    case = CASES.get(name) or MATRIX[name]
+    case = CASES.get(name) or DAMAGE.get(name) or MATRIX[name]
     directory = (directory or default_directory()).resolve()
     (directory / name).parent.mkdir(parents=True, exist_ok=True)
     with locked(directory / f"{name}.lock"):
@@ -105,6 +106,11 @@ def _libraries(case: Case) -> list[Path]:
     return [PROGRAMS / f"{name}.c" for name in case.libraries]
 
 
+def _headers(case: Case) -> list[Path]:
+    """Those that all programs share, and those in the folder of this one's parts."""
+    return [*sorted(PROGRAMS.glob("*.h")), *sorted((PROGRAMS / case.program).glob("*.h"))]
+
+
 def recorded_flags(case: Case) -> list[str]:
     """The compiler's flags without this machine's paths."""
     return [*case.linking.standard, *COMMON_FLAGS, *case.linking.flags, "-pthread"]
@@ -117,7 +123,7 @@ def _build(case: Case, directory: Path) -> Path:
         raise CannotMake(f"no {case.target.cc}: apt-get install {packages}")
     libc = _libc_to_build_with(case, directory)
     digest = hashlib.sha256(f"{RECIPE} {recorded_flags(case)}".encode())
-    for source in (*_sources(case), *_libraries(case), *sorted(PROGRAMS.glob("*.h"))):
+    for source in (*_sources(case), *_libraries(case), *_headers(case)):
         digest.update(source.read_bytes())
     version = subprocess.run([cc, "--version"], capture_output=True, check=True, text=True).stdout
     digest.update(version.encode() + (_libc_of(cc) if libc is None else libc.version.encode()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -249,6 +250,39 @@ def test_without_the_vms_file_its_shape_remains(ran: Ran, collector: str, tmp_pa
     ):
         assert ranges(memory, part) == ranges(told, part)
     assert all(part.confidence in (Confidence.STRONG, Confidence.PLAUSIBLE) for part in memory.parts)
+
+
+@pytest.mark.parametrize("collector", COLLECTORS)
+def test_records_that_frame_a_stack_make_it_no_table(ran: Ran, collector: str, tmp_path: Path) -> None:
+    """JDK 25 keeps such records of the stacks of its threads: four words written where the VM's own records are."""
+    run, _, told = ran(collector)
+    thread = told.threads[-1]
+    table = next(part for part in told.parts if part.part == "side_table")
+    copy = tmp_path / "core"
+    subprocess.run(["cp", "--sparse=always", run.core, copy], check=True)
+    with coreheap.open(run.core) as core:
+        memory = core.memory
+        place = table.evidence[0].address
+        assert place is not None
+        low = place & -0x1000
+        index = memory.region_index(low)
+        assert index is not None
+        words = memory.read_words(low, min(1 << 17, int(memory.region_end[index]) - low) // 8)
+        # Four words of zeros not far from a record that the VM has.
+        free = [row for row in range(len(words) - 4) if not words[row : row + 4].any()]
+        assert free
+        run_of = int(np.searchsorted(memory.run_start, np.uint64(low), side="right")) - 1
+        offset = low - int(memory.run_start[run_of]) + int(memory.run_file_offset[run_of]) + 8 * free[0]
+        page = core.page_bytes
+    # A table of this heap may have this size; the stack is larger than that, or not.
+    start = thread.stack.end - 64 * page
+    with copy.open("r+b") as file:
+        file.seek(offset)
+        file.write(struct.pack("<4Q", start, thread.stack.end, start, thread.stack.end))
+    with coreheap.open(copy) as core:
+        changed = java_memory(core)
+    assert changed is not None
+    assert {part.range for part in changed.parts} == {part.range for part in told.parts}
 
 
 def side_by_side(run: JavaRun, report: Report) -> str:

@@ -17,6 +17,7 @@ import pytest
 
 import coreheap
 from coreheap.evidence import Confidence
+from coreheap.kernels import chunk_extents
 from coreheap.leaks import Verdict
 from coreheap.report import Report, Severity
 from tests.real_cores import cores, targets
@@ -228,6 +229,29 @@ VERDICT_OF_LEAK = {
 }
 
 
+RANDOM_STATE_32_BIT = 8
+"""Offset of ``random`` in struct worker (fixtures/programs/scenario.h), and WORKER_32_BIT its size, with 4-byte words."""
+WORKER_32_BIT = 64
+
+
+def random_number_into(payload_address: int, report: Report, paths: cores.CorePaths) -> bool:
+    """Whether one of the program's random numbers happens to be an address inside of a block, as one in thousands is with
+    4-byte words."""
+    assert report.heap is not None
+    index = report.heap.chunks.index
+    chunk = index.chunk_containing(payload_address)
+    _, chunk_bytes = chunk_extents(index, np.array([chunk], np.int64))
+    with coreheap.open(paths.core, executable=paths.executable) as core:
+        places = [module.symbol_address("workers") for module in core.modules]
+        workers = next((place for place in places if place is not None), None)
+        if core.word_bytes != 4 or workers is None:
+            return False
+        words = core.memory.read_words(workers, 512 * WORKER_32_BIT // 4).reshape(512, -1)
+    numbers = words[:, RANDOM_STATE_32_BIT // 4 : RANDOM_STATE_32_BIT // 4 + 2]
+    start = np.uint64(payload_address)
+    return bool(((numbers >= start) & (numbers < start + chunk_bytes[0])).any())
+
+
 @pytest.mark.parametrize("name", LEAKING)
 def test_leaks_are_seen_and_nothing_else_is_lost(name: str, tmp_path: Path) -> None:
     paths = core_of(name)
@@ -242,10 +266,13 @@ def test_leaks_are_seen_and_nothing_else_is_lost(name: str, tmp_path: Path) -> N
     accidents = {Verdict.WEAKLY_HELD} if stacks_are_known else {Verdict.WEAKLY_HELD, Verdict.POSSIBLY_LOST}
     held = 0
     for kind, verdicts in VERDICT_OF_LEAK.items():
-        found = verdicts_at(report.heap, truth.leaks_of(kind))
+        leaks = truth.leaks_of(kind)
+        found = verdicts_at(report.heap, leaks)
         wanted = [Verdict.POSSIBLY_LOST] if missing else list(verdicts)
         by_accident = ~np.isin(found, wanted)
-        assert np.isin(found[by_accident], list(accidents)).all(), kind
+        for leak, verdict in zip(leaks[by_accident].tolist(), found[by_accident].tolist(), strict=True):
+            by_number = verdict == Verdict.POSSIBLY_LOST and random_number_into(leak, report, paths)
+            assert verdict in accidents or by_number, (kind, hex(leak))
         held += int(by_accident.sum())
     is_of_past_threads = name.rpartition("/")[2].partition("@")[0] == PAST_THREADS
     assert held <= (len(truth.leak_payload_address) // PAST_THREADS_SHARE if is_of_past_threads else INTERFERENCE)

@@ -16,7 +16,7 @@ from coreheap.render.json_document import SchemaName, json_text, schema_text
 from coreheap.report import Finding, Report
 from coreheap.settings import Effect, Reason, SetBy
 from tests.real_cores.cases import CASES, MATRIX
-from tests.real_cores.conftest import core_or_skip
+from tests.real_cores.conftest import core_or_skip, report_on
 from tests.real_cores.test_matrix import analyse
 from tests.real_cores.truth import Truth, load_truth
 
@@ -143,3 +143,14 @@ def test_little_is_not_worth_a_word() -> None:
     assert ratchet_of(report) is None
     assert report.heap is not None
     assert sum(total.chunk_bytes for total in report.heap.totals.values()) > SMALLEST_BYTES
+
+
+def test_an_environment_that_was_written_over_tells_nothing() -> None:
+    """As nginx, sshd and PostgreSQL do to show a title in ps: nobody called mallopt because MALLOC_ARENA_MAX is gone."""
+    report = report_on(core_or_skip("retitled").core)
+    assert report.settings is not None
+    assert report.settings.environment is None
+    assert "environment_overwritten" in {gap.cause for gap in report.gaps}
+    setting = report.settings.malloc[0].setting("arena_max")
+    assert setting is not None
+    assert (setting.value, setting.set_by) == (2, SetBy.UNKNOWN)

@@ -9,6 +9,17 @@ from typing import Any, cast
 
 import numpy as np
 
+from coreheap.crash import (
+    AbortKind,
+    AbortMessage,
+    CrashContext,
+    FaultKind,
+    Frame,
+    FrameSource,
+    PlaceNote,
+    RegisterNote,
+)
+from coreheap.damage import ChunkPlace, Damage, DamagedPlace, DamageKind, Pattern, PatternKind, Repair
 from coreheap.evidence import Anomaly, Confidence, Evidence, Gap, Strength
 from coreheap.heap import (
     NO_INDEX,
@@ -629,7 +640,313 @@ def damaged_report() -> Report:
             (Accumulation(HOSTILE, 0, 0, 0, 0, ()),),
             0,
         ),
+        damages=hostile_damages(),
+        crash=hostile_crash(),
     )
+
+
+def hostile_damages() -> tuple[Damage, ...]:
+    """More damages than a page has room for, hostile text wherever text can stand, and numbers at their limits."""
+    chunk = chunk_place(0xFFFFFFFFFFFFFFF0, (1 << 64) - 1, holder=HOSTILE, arena=None, state=ChunkState.DAMAGED)
+    damage = overflow(
+        bytes=AddressRange(0, (1 << 64) - 1),
+        victim=dataclasses.replace(chunk, is_mmapped=True),
+        culprit=chunk,
+        pattern=Pattern(PatternKind.SHIFTED_POINTER, 1 << 40, HOSTILE),
+        repair=Repair(0xFFFFFFFFFFFFFFF8, SECRET, 0, None),
+        anomalies=(1 << 30,),
+        lost_bytes=1 << 62,
+        arena=1 << 30,
+        message=HOSTILE,
+        evidence=(Evidence(HOSTILE, HOSTILE, Strength.HINT, None, True),) * 20,
+        confidence=Confidence.WEAK,
+        weakened_by=(HOSTILE,),
+    )
+    bare = overflow(
+        bytes=AddressRange(0, 0), victim=None, culprit=None, pattern=None, repair=None, evidence=(), message=None
+    )
+    kinds = tuple(dataclasses.replace(bare, kind=kind, confidence=Confidence.WEAK) for kind in DamageKind)
+    places = tuple(dataclasses.replace(damage, place=place) for place in DamagedPlace)
+    return (damage, *kinds, *places)
+
+
+def hostile_crash() -> CrashContext:
+    """Hostile text wherever a crash has text, and every kind of place in a register."""
+    place = PlaceNote(0xFFFFFFFFFFFFFFFF, FaultKind.NON_CANONICAL, HOSTILE, chunk_place(holder=HOSTILE), -(1 << 62))
+    return crash(
+        signal=None,
+        signal_name=None,
+        signal_code=None,
+        signal_code_name=HOSTILE,
+        sender_pid=None,
+        fault=place,
+        registers=tuple(
+            RegisterNote(HOSTILE, dataclasses.replace(place, kind=kind, description="")) for kind in FaultKind
+        ),
+        frames=tuple(
+            frame(number, HOSTILE * 9, HOSTILE * 9, symbol_offset=1 << 63, module_offset=1 << 63, source=source)
+            for number, source in enumerate(FrameSource)
+        ),
+        frames_end="unheard_of",
+        abort_message=AbortMessage(HOSTILE * 99, AbortKind.OTHER, 0, HOSTILE, Confidence.WEAK, 0),
+        inside_malloc=None,
+        signature=HOSTILE,
+        signature_parts=(HOSTILE,),
+    )
+
+
+def chunk_place(payload: int = 0x7F3A140008D0, usable: int = 104, **changes: Any) -> ChunkPlace:
+    """A live block of arena 1; ``changes`` replace fields."""
+    made = ChunkPlace(payload - 16, payload, usable + 8, usable, ChunkState.IN_USE, 1, False)
+    return dataclasses.replace(made, **changes)
+
+
+def overflow(**changes: Any) -> Damage:
+    """Text that a live block of 104 bytes wrote over the size of the free chunk behind it; ``changes`` replace fields."""
+    made = Damage(
+        kind=DamageKind.OVERFLOW,
+        place=DamagedPlace.CHUNK_HEADER,
+        bytes=AddressRange(0x7F3A14000938, 0x7F3A14000943),
+        victim=chunk_place(0x7F3A14000940, 56, state=ChunkState.UNSORTED_BIN),
+        culprit=chunk_place(holder="libfoo.so session_table+0x18"),
+        pattern=Pattern(PatternKind.TEXT, 11),
+        repair=Repair(0x7F3A14000938, SECRET, 0x45),
+        anomalies=(0,),
+        lost_bytes=64,
+        arena=1,
+        message="free(): invalid next size (normal)",
+        evidence=(
+            Evidence("the size word is 7 bytes of text and no size", "chunk walk", Strength.PROOF, 0x7F3A14000938),
+            Evidence(
+                "the chunk behind it says how long it was (prev_size)", "prev_size", Strength.SOLID, 0x7F3A14000970
+            ),
+        ),
+        confidence=Confidence.CERTAIN,
+    )
+    return dataclasses.replace(made, **changes)
+
+
+SECRET = int.from_bytes(b"hunter2!", "little")
+"""A word of a process's text, which no view may show."""
+
+
+def damages() -> tuple[Damage, ...]:
+    """An overflow, a block in two lists, a write after free, a flipped bit, and a moment's state."""
+    return (
+        overflow(),
+        overflow(
+            kind=DamageKind.DOUBLE_FREE,
+            place=DamagedPlace.TCACHE_LINK,
+            bytes=AddressRange(0x5599E00012A0, 0x5599E00012A8),
+            victim=chunk_place(0x5599E00012A0, 24, state=ChunkState.TCACHE, arena=0),
+            culprit=None,
+            pattern=None,
+            repair=None,
+            anomalies=(),
+            lost_bytes=0,
+            arena=0,
+            message="free(): double free detected in tcache 2",
+            confidence=Confidence.STRONG,
+        ),
+        overflow(
+            kind=DamageKind.USE_AFTER_FREE,
+            place=DamagedPlace.FREE_CONTENT,
+            bytes=AddressRange(0x5599E0002020, 0x5599E0002028),
+            victim=chunk_place(0x5599E0002010, 4088, state=ChunkState.LARGE_BIN, arena=0),
+            culprit=chunk_place(0x5599E0002010, 4088, state=ChunkState.LARGE_BIN, arena=0),
+            pattern=Pattern(PatternKind.POINTER, 8, "the stack of thread 3"),
+            repair=None,
+            anomalies=(),
+            lost_bytes=0,
+            arena=0,
+            message=None,
+            confidence=Confidence.PLAUSIBLE,
+            weakened_by=("the program may set M_PERTURB while it runs",),
+        ),
+        overflow(
+            kind=DamageKind.BIT_FLIP,
+            place=DamagedPlace.MMAPPED_HEADER,
+            bytes=AddressRange(0x7F3A60021008, 0x7F3A60021009),
+            victim=chunk_place(0x7F3A60021010, 4_198_384, arena=None, is_mmapped=True),
+            culprit=None,
+            pattern=Pattern(PatternKind.ONE_BIT, 1),
+            repair=Repair(0x7F3A60021008, 0x401002, 0x401003, 0),
+            anomalies=(),
+            lost_bytes=0,
+            arena=None,
+            message="munmap_chunk(): invalid pointer",
+            evidence=(),
+            confidence=Confidence.STRONG,
+        ),
+        overflow(
+            kind=DamageKind.IN_TRANSITION,
+            place=DamagedPlace.BIN_LINK,
+            bytes=AddressRange(0x7F3A18000070, 0x7F3A18000078),
+            victim=None,
+            culprit=None,
+            pattern=None,
+            repair=None,
+            anomalies=(),
+            lost_bytes=0,
+            arena=2,
+            message=None,
+            evidence=(Evidence("the arena is locked", "malloc_state", Strength.HINT, None, True),),
+            confidence=Confidence.WEAK,
+        ),
+    )
+
+
+def frame(number: int, symbol: str | None, module: str | None = "/usr/lib/libc.so.6", **changes: Any) -> Frame:
+    """A frame that unwind information gave; ``changes`` replace fields."""
+    counter = 0x7F3A5BE00000 + number * 0x1010
+    made = Frame(
+        number=number,
+        program_counter=counter,
+        module=module,
+        module_offset=None if module is None else 0x26000 + number * 0x1010,
+        symbol=symbol,
+        symbol_offset=None if symbol is None else 0x10 + number,
+        source=FrameSource.CALL_FRAME_INFORMATION if number else FrameSource.REGISTERS,
+        is_certain=True,
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def crash(**changes: Any) -> CrashContext:
+    """free() found a broken size and stopped the process; ``changes`` replace fields."""
+    guessed: Any = {"source": FrameSource.STACK_SCAN, "is_certain": False}
+    made = CrashContext(
+        thread=3,
+        lwp=4245,
+        signal=6,
+        signal_name="SIGABRT",
+        signal_code=-6,
+        signal_code_name="SI_TKILL",
+        sender_pid=4242,
+        fault=None,
+        registers=(
+            RegisterNote(
+                "rbx",
+                PlaceNote(0x7F3A14000940, FaultKind.DAMAGED_CHUNK, "damaged chunk", chunk_place(0x7F3A14000940), 0),
+            ),
+            RegisterNote("r12", PlaceNote(0x7F3A14000030, FaultKind.ALLOCATOR_DATA, "malloc_state of arena 1")),
+        ),
+        frames=(
+            frame(0, "__pthread_kill_implementation"),
+            frame(1, "raise"),
+            frame(2, "abort"),
+            frame(3, "malloc_printerr"),
+            frame(4, "_int_free"),
+            frame(5, "free"),
+            frame(
+                6, "session_close(session_table&, unsigned long)", "/opt/serviced/lib/libsession-with-a-long-name.so.1"
+            ),
+            frame(7, None, "/usr/sbin/serviced", **guessed),
+            *(frame(number, None, None, **guessed) for number in range(8, 30)),
+        ),
+        frames_end="no_unwind_information",
+        abort_message=AbortMessage(
+            "free(): invalid next size (normal)\n",
+            AbortKind.MALLOC,
+            0x7F3A5C000004,
+            "__abort_msg of libc.so.6",
+            Confidence.CERTAIN,
+        ),
+        inside_malloc=True,
+        signature="0123456789abcdef",
+        signature_parts=("SIGABRT", "malloc: free(): invalid next size (normal)", "overflow", "libc.so.6 free"),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def segfault() -> CrashContext:
+    """A read through a block that was freed; nothing names functions."""
+    freed = chunk_place(0x5599E0002010, 4088, state=ChunkState.LARGE_BIN, arena=0)
+    return crash(
+        thread=0,
+        lwp=4242,
+        signal=11,
+        signal_name="SIGSEGV",
+        signal_code=1,
+        signal_code_name="SEGV_MAPERR",
+        sender_pid=None,
+        fault=PlaceNote(0x5599E0002028, FaultKind.FREED_CHUNK, "freed block", freed, 24),
+        registers=(),
+        frames=(frame(0, None, None),),
+        frames_end="limit",
+        abort_message=None,
+        inside_malloc=None,
+    )
+
+
+def corruption_finding(**changes: Any) -> Finding:
+    """What the overflow of ``overflow()`` is as a finding; ``changes`` replace fields."""
+    made = Finding(
+        code="CORRUPTION-OVERFLOW",
+        severity=Severity.ERROR,
+        confidence=Confidence.CERTAIN,
+        subject="a chunk of arena 1",
+        quantities=(
+            Quantity("address", 0x7F3A14000938, Unit.ADDRESS),
+            Quantity("byte_count", 11, Unit.BYTES),
+            Quantity("place", "chunk_header", Unit.TEXT),
+            Quantity("victim_address", 0x7F3A14000940, Unit.ADDRESS),
+            Quantity("culprit_address", 0x7F3A140008D0, Unit.ADDRESS),
+            Quantity("lost_bytes", 64, Unit.BYTES),
+            Quantity("message", "free(): invalid next size (normal)", Unit.TEXT),
+            Quantity("pattern", "text", Unit.TEXT),
+        ),
+        evidence=overflow().evidence,
+        next_steps=(
+            "coreheap owners CORE 0x7f3a140008d0 names who holds the block that was written past",
+            "run the workload with -fsanitize=address to catch the write itself",
+        ),
+        weakened_by=("the header itself may have been hit by a stray write",),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def corrupt_report(**changes: Any) -> Report:
+    """A process whose heap was damaged in several ways and that glibc stopped; ``changes`` replace fields."""
+    double = corruption_finding(
+        code="DOUBLE-FREE",
+        confidence=Confidence.STRONG,
+        subject="a block of arena 0",
+        quantities=(Quantity("address", 0x5599E00012A0, Unit.ADDRESS),),
+    )
+    found = (
+        Anomaly(
+            "broken_chunk",
+            0x7F3A14000930,
+            "the size of a chunk",
+            "no size",
+            1,
+            "free(): invalid next size (normal)",
+            False,
+            Confidence.CERTAIN,
+        ),
+        *(
+            Anomaly(
+                "bin_link_wrong", 0x7F3A18000070 + 16 * number, "a chunk", "no chunk", 2, None, True, Confidence.WEAK
+            )
+            for number in range(5)
+        ),
+    )
+    made = report(
+        findings=(corruption_finding(), double, finding()),
+        damages=damages(),
+        crash=crash(),
+        anomalies=found,
+        anomaly_count=1_000,
+        is_partial=False,
+        gaps=(),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def sound_report() -> Report:
+    """A process that crashed for another reason than its heap."""
+    return dataclasses.replace(small_report(), crash=segfault())
 
 
 def hostile_explanation() -> Explanation:

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import coreheap
+import coreheap.analysis
 from coreheap.accounting import Claims, account_for_memory, build_ledger
 from coreheap.accounting.ledger import NODES
 from coreheap.accounting.pieces import NO_CLAIM, cut_into_pieces
-from coreheap.heap import Arena, HeapSnapshot, UnattributedRange
+from coreheap.heap import Arena, ChunkState, HeapSnapshot, UnattributedRange
 from coreheap.mappings import KINDS, MappingKind, MappingTable, ResidencyBasis
 from coreheap.quantities import AddressRange
 from coreheap.report import LedgerNode
@@ -117,6 +118,7 @@ def assert_sums(node: LedgerNode, mapped: int) -> None:
     pending = [node]
     while pending:
         current = pending.pop()
+        assert current.bytes >= 0, current.name
         if current.children:
             assert current.bytes == sum(child.bytes for child in current.children)
             names = [child.name for child in current.children]
@@ -262,6 +264,35 @@ def test_what_nothing_claims_of_the_brk_range_is_unexplained(opened: tuple[coreh
     assert ledger.child("malloc", "main_arena").bytes == THREADS.main_bytes
 
 
+def test_chunks_that_are_not_mapped_have_no_leaf(opened: tuple[coreheap.Core, HeapSnapshot]) -> None:
+    """No leaf is below zero: the states are cut to what is mapped, and a gap has the difference."""
+    core, heap = opened
+    main = heap.arenas[0]
+    assert main.brk_range is not None
+    half = AddressRange(main.brk_range.start, main.brk_range.end - THREADS.main_bytes // 2)
+    chunks = dataclasses.replace(heap.chunks, regions=heap.chunks.regions[1:])
+    changed = dataclasses.replace(
+        heap, arenas=(dataclasses.replace(main, brk_range=half), *heap.arenas[1:]), chunks=chunks
+    )
+    account = account_for_memory(core, changed)
+    assert_sums(account.ledger, mapped_bytes_of(core))
+    kept = account.ledger.child("malloc", "main_arena")
+    assert kept.bytes == THREADS.main_bytes // 2
+    assert kept.child("unexplained").bytes == 0
+    (gap,) = account.gaps
+    assert gap.cause == "chunks_not_mapped"
+    assert account_for_memory(core, heap).gaps == ()
+
+
+def test_mmapped_chunks_that_are_not_mapped_have_no_leaf(opened: tuple[coreheap.Core, HeapSnapshot]) -> None:
+    core, heap = opened
+    in_use = heap.mmapped_totals[ChunkState.IN_USE]
+    more = dataclasses.replace(in_use, usable_bytes=in_use.usable_bytes + (1 << 40))
+    account = account_for_memory(core, dataclasses.replace(heap, mmapped_totals={ChunkState.IN_USE: more}))
+    assert_sums(account.ledger, mapped_bytes_of(core))
+    assert [gap.cause for gap in account.gaps] == ["chunks_not_mapped"]
+
+
 def lying_arena(arena: Arena, cuts: list[tuple[int, int, str]], shift: int, growth: int) -> Arena:
     """The arena with unattributed ranges anywhere and sub-heaps that are elsewhere and larger than they are."""
     parts = tuple(UnattributedRange(AddressRange(start, start + size), cause) for start, size, cause in cuts)
@@ -335,6 +366,31 @@ def test_a_claimant_that_fails_costs_only_what_it_would_have_claimed(
     account = account_for_memory(core, heap, claimants=(("nothing", fail),), attempt=attempt)
     assert failed == ["nothing"]
     assert_sums(account.ledger, mapped_bytes_of(core))
+
+
+@pytest.mark.parametrize("part", ["find_stacks", "account_for_memory", "thread_summaries"])
+def test_a_part_that_fails_does_not_cost_the_report(
+    part: str, process: BuiltProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {name: getattr(coreheap.analysis, name) for name in ("account_for_memory", "thread_summaries")}
+    calls = []
+
+    def fail(*arguments: object, **options: object) -> object:
+        calls.append(options)
+        if len(calls) > 1 and part in answers:
+            return answers[part](*arguments, **options)
+        raise OverflowError("a defect")
+
+    monkeypatch.setattr(coreheap.analysis, part, fail)
+    with coreheap.open(process.write(tmp_path)) as core:
+        report = coreheap.analyze(core, coreheap.AnalysisOptions(leaks=False))
+        mapped = mapped_bytes_of(core)
+    assert len(report.defects) == 1
+    assert "OverflowError" in report.defects[0]
+    assert report.is_partial
+    assert report.heap is not None
+    assert report.ledger.bytes == mapped
+    assert len(report.threads) == len(process.threads)
 
 
 def test_without_residency_nothing_is_known_of_it(opened: tuple[coreheap.Core, HeapSnapshot]) -> None:

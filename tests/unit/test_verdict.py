@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 import coreheap
@@ -12,6 +13,7 @@ from coreheap.checks import Case
 from coreheap.doubts import GAPS_NAMED, gap_consequences, heap_doubts
 from coreheap.evidence import Anomaly, Confidence, Gap, Strength
 from coreheap.heap import UnattributedRange
+from coreheap.mappings import KINDS, MappingKind, MappingTable, ResidencyBasis
 from coreheap.quantities import AddressRange
 from coreheap.report import VerdictItem
 from coreheap.verdict import memory_verdict
@@ -31,6 +33,10 @@ __all__ = ["case_of"]  # a fixture
 def sound(case_of: CaseOf) -> Case:
     """A whole heap of one arena, found for certain, in the core of a built process."""
     case = with_arenas(case_of(PROCESS), arena_of(1, in_use=8 * MIB, top=2 * MIB))
+    assert case.mappings is not None
+    # The arena is larger than the built process: what was in memory is asked for in tests of their own.
+    mappings = dataclasses.replace(case.mappings, basis=ResidencyBasis.UNKNOWN, supposed_bytes={})
+    case = dataclasses.replace(case, mappings=mappings)
     return changed(
         case, gaps=(), anomaly_count=0, identity=dataclasses.replace(heap_of(case).identity, confidence=CERTAIN)
     )
@@ -159,3 +165,66 @@ def test_consequences_of_gaps_are_few_whatever_their_number(sound: Case) -> None
     assert len(said) == GAPS_NAMED + 1
     assert said[-1] == "and 995 more gaps of the heap"
     assert list(gap_consequences(heap_of(changed(sound, gaps=gaps[:GAPS_NAMED])))) == [f"{n} bytes" for n in range(5)]
+
+
+def of_mappings(
+    *parts: tuple[MappingKind, int, int, int], supposed: dict[MappingKind, int] | None = None
+) -> MappingTable:
+    """Mappings by kind with committed bytes, and at least and at most so many in memory."""
+    kinds, committed, low, high = zip(*parts, strict=True)
+    start = np.arange(len(parts), dtype=np.uint64) << np.uint64(40)
+    size = np.array(committed, np.uint64)
+    nobody = np.full(len(parts), -1, np.int32)
+    return MappingTable(
+        start=start,
+        end=start + size,
+        kind=np.array([KINDS.index(kind) for kind in kinds], np.uint8),
+        flags=np.full(len(parts), 6, np.uint8),
+        thread=nobody,
+        arena=nobody,
+        name=nobody,
+        committed_bytes=size,
+        saved_bytes=size,
+        resident_low=np.array(low, np.uint64),
+        resident_high=np.array(high, np.uint64),
+        names=(),
+        basis=ResidencyBasis.ZERO_PAGES,
+        supposed_bytes=supposed or {},
+    )
+
+
+def items_of(case: Case, mappings: MappingTable) -> tuple[VerdictItem, ...]:
+    return memory_verdict(case.core, mappings, None, (), ())
+
+
+STACK, DATA, OTHER = MappingKind.THREAD_STACK, MappingKind.MODULE_DATA, MappingKind.UNEXPLAINED
+
+
+def test_what_surely_was_in_memory_leads(sound: Case) -> None:
+    """200 idle threads: their stacks are reserved, and a core without holes tells no more than bounds."""
+    reserved = (STACK, 1600 * MIB, 2 * MIB, 1600 * MIB)
+    first, second, *_ = items_of(sound, of_mappings(reserved, (DATA, 200 * MIB, 200 * MIB, 200 * MIB)))
+    assert (first.topic, second.topic) == ("module_data", "thread_stacks")
+    assert any("which part took most is not certain" in reason for reason in first.weakened_by)
+    assert (first.of_resident_low, first.of_resident_high) == (202 * MIB, 1800 * MIB)
+
+
+def test_nothing_doubts_the_first_where_no_other_can_have_more(sound: Case) -> None:
+    first, *_ = items_of(sound, of_mappings((STACK, 90 * MIB, MIB, 90 * MIB), (DATA, 200 * MIB, 190 * MIB, 200 * MIB)))
+    assert (first.topic, first.weakened_by) == ("module_data", ())
+
+
+def test_where_hardly_anything_is_known_what_may_have_been_decides(sound: Case) -> None:
+    parts = (DATA, 100 * MIB, 0, 100 * MIB), (OTHER, 40 * MIB, 4096, 40 * MIB), (STACK, 900 * MIB, 8192, 900 * MIB)
+    order = [item.topic for item in items_of(sound, of_mappings(*parts))]
+    assert order[0] == "module_data"  # of stacks most is only reserved
+    assert order.index("unknown" if "unknown" in order else "not_malloc") < order.index("thread_stacks")
+
+
+def test_what_is_told_by_its_place_alone_is_doubted(sound: Case) -> None:
+    def confidence(supposed: int) -> Confidence:
+        case = dataclasses.replace(sound, gaps=())
+        part = of_mappings((STACK, 100 * MIB, 100 * MIB, 100 * MIB), supposed={STACK: supposed})
+        return memory_verdict(case.core, part, case.heap, (), ())[0].confidence
+
+    assert (confidence(0), confidence(MIB), confidence(50 * MIB)) == (CERTAIN, STRONG, PLAUSIBLE)

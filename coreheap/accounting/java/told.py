@@ -22,6 +22,8 @@ from coreheap.accounting.java.found import JavaPart, JavaThread
 from coreheap.accounting.java.names import ThreadNames
 from coreheap.accounting.java.tables import VmTables
 from coreheap.corefile import Core, Module
+from coreheap.corefile.regions import without_overlap
+from coreheap.corefile.stacks import find_stacks
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Evidence, Strength
 from coreheap.mappings import MappingKind
@@ -48,6 +50,8 @@ METASPACE_ALIGNMENT: Final = 4 * MIB
 PAGE_SIZES: Final = (1 << 12, 1 << 14, 1 << 16, 1 << 21, 1 << 25, 1 << 29, 1 << 30)
 MARK_CHUNK_ENTRIES: Final = 1024
 """Entries of a chunk of G1's mark stack, of a word each, the chunk's link among them (JDK-8057003)."""
+TABLE_ALIGNMENT: Final = 2 * MIB
+"""Tables are rounded up to pages, large ones where the VM uses them."""
 TABLES: Final = "the VM's tables"
 NEAR: Final = "memory near the heap's record"
 
@@ -67,9 +71,26 @@ class ToldMemory:
         """The most particular first: where two meet, the first one is right."""
         found = [*self._heap(), *self._code(), *self._card_table(), *self._metaspace()]
         for part in self._collector():
+            if self._meets_stack(part.range):
+                continue
             if not any(other.range.start <= part.range.start and part.range.end <= other.range.end for other in found):
                 found.append(part)
         return tuple(found)
+
+    def _meets_stack(self, found: AddressRange) -> bool:
+        """Whether a thread's stack lies in a range: the VM has records of the stacks of its threads, too, framed alike."""
+        start, end = self._stacks
+        row = int(np.searchsorted(end, np.uint64(found.start), side="right"))
+        return row < len(start) and int(start[row]) < found.end
+
+    @cached_property
+    def _stacks(self) -> tuple[UInt64s, UInt64s]:
+        """(start, end) of what is a stack: by descriptors, by the VM's own records, and the word at every stack pointer."""
+        ranges = [(stack.start, stack.end) for stack in find_stacks(self._core).descriptors.values()]
+        ranges += [(thread.stack.start, thread.stack.end) for thread in self.threads()]
+        ranges += [(thread.stack_pointer, thread.stack_pointer + 1) for thread in self._core.threads]
+        columns = np.array([(low, high) for low, high in ranges if 0 <= low < high < 1 << 64], np.uint64).reshape(-1, 2)
+        return without_overlap(columns[:, 0], columns[:, 1])
 
     # The heap, and what is told as plainly
 
@@ -246,6 +267,7 @@ class ToldMemory:
         )
         # low_boundary, high_boundary, low, high.
         space = a[0] & a[1] & a[2] & a[3] & (w[0] < w[1]) & (w[0] <= w[2]) & (w[2] < w[3]) & (w[3] <= w[1])
+        space &= w[1] - w[0] <= np.uint64(self._largest_table())
         for rows, at, what in ((mapper, 2, "a page-based space of G1's"), (space, 0, "a VirtualSpace")):
             for row in np.flatnonzero(rows).tolist():
                 low, high = int(words[row + at]), int(words[row + at + 1])
@@ -267,6 +289,12 @@ class ToldMemory:
                     int(places[row]),
                 )
                 yield JavaPart(MappingKind.JAVA_GC, "mark_stack", AddressRange(low, high), (fact,))
+
+    def _largest_table(self) -> int:
+        """The bytes of the largest side table that a heap of this size has, two bits for each of its words (ParMarkBitMap)."""
+        heap = sum(part.range.byte_count for part in self._heap())
+        table = 2 * heap // (8 * self._core.word_bytes)
+        return table + -table % TABLE_ALIGNMENT if heap else (1 << 64) - 1
 
     @cached_property
     def _near(self) -> tuple[UInt64s, UInt64s]:

@@ -104,22 +104,41 @@ class UntoldMemory:
                 yield JavaPart(MappingKind.JAVA_HEAP, "reserved", AddressRange(low, high), (fact,))
 
     def _code_cache(self) -> Iterator[JavaPart]:
-        """Anonymous memory that is writable and executable at once, and what is reserved behind it."""
+        """Anonymous memory that is writable and executable at once.
+
+        The VM reserves one stretch for all its code, of a known size, and gives its code heaps access as they grow: the stretch
+        that has that size is believed, with what is reserved of it. Other compilers in the process have such memory as well
+        (LuaJIT, V8, libffi), of which only that much is claimed.
+        """
         code = self._is_anonymous & (self._access == READ | WRITE | EXECUTE)
         reserve = self.flags.get("ReservedCodeCacheSize", CODE_CACHE_BYTES)
+        stretches = []
         for first, end in self._stretches(self._is_anonymous & (code | (self._access == 0))):
             rows = first + np.flatnonzero(code[first:end])
             if len(rows):
-                low = int(self._start[rows[0]])
-                high = min(int(self._end[end - 1]), max(low + reserve, int(self._end[rows[-1]])))
-                written = int((self._end[rows] - self._start[rows]).sum())
-                fact = Evidence(
-                    f"{format_bytes(written)} of anonymous memory are writable and executable",
-                    "address space",
-                    Strength.SOLID,
-                    low,
-                )
-                yield JavaPart(MappingKind.JAVA_CODE_CACHE, "code", AddressRange(low, high), (fact,))
+                low, high = int(self._start[rows[0]]), int(self._end[end - 1])
+                # What is reserved behind may be somebody else's, what lies in between is not.
+                fits = int(self._end[rows[-1]]) - low <= reserve <= high - low
+                stretches.append((rows, low, high, fits))
+        fitting = [stretch for stretch in stretches if stretch[3]]
+        exact = [stretch for stretch in fitting if stretch[2] - stretch[1] == reserve]
+        believed = exact if len(exact) == 1 else fitting
+        for stretch in stretches:
+            rows, low, _, _ = stretch
+            written = int((self._end[rows] - self._start[rows]).sum())
+            what = f"{format_bytes(written)} of anonymous memory are writable and executable"
+            if len(believed) == 1 and stretch is believed[0]:
+                what += f", and begin {format_bytes(reserve)} that are reserved without a gap"
+                fact = Evidence(what, "address space", Strength.SOLID, low)
+                yield JavaPart(MappingKind.JAVA_CODE_CACHE, "code", AddressRange(low, low + reserve), (fact,))
+                continue
+            # A mapping that is only partly saved is several regions.
+            begins = np.concatenate(([True], self._start[rows[1:]] != self._end[rows[:-1]]))
+            last = np.append(np.flatnonzero(begins)[1:], len(rows)) - 1
+            for start, end in zip(self._start[rows[begins]].tolist(), self._end[rows[last]].tolist(), strict=True):
+                fact = Evidence(what, "address space", Strength.HINT, start)
+                own = AddressRange(start, end)
+                yield JavaPart(MappingKind.JAVA_CODE_CACHE, "code", own, (fact,))
 
     def _class_space(self) -> Iterator[JavaPart]:
         """What follows the class archive: the rest of its reservation, then the class space."""

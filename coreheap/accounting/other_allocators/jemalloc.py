@@ -13,6 +13,7 @@ import numpy as np
 from coreheap.accounting.other_allocators.found import Ranges
 from coreheap.accounting.other_allocators.memory import AnonymousMemory
 from coreheap.corefile import Module
+from coreheap.corefile.regions import without_overlap
 from coreheap.evidence import Evidence, Strength
 from coreheap.quantities import MIB
 
@@ -27,6 +28,8 @@ CACHE_LINE_BYTES: Final = 64
 BITS_END: Final = 1 << 50
 """The bits of an extent end with the count of free regions and the bin's shard, well below."""
 BLOCK_LIMIT: Final = 1 << 16
+BLOCKS_BYTES_LIMIT: Final = 1 << 31
+"""So many bytes of blocks are read: they describe some 100 GB and more."""
 
 
 def jemalloc_ranges(anonymous: AnonymousMemory, module: Module) -> tuple[Ranges, ...]:
@@ -37,10 +40,11 @@ def jemalloc_ranges(anonymous: AnonymousMemory, module: Module) -> tuple[Ranges,
     if not len(blocks):
         return ()
     starts, ends = [blocks[:, 0]], [blocks[:, 0] + blocks[:, 1]]
-    count = 0
+    count, left = 0, BLOCKS_BYTES_LIMIT
     per_row = EXTENT_STEP_BYTES // 8
     for block, size in blocks.tolist():
-        for address, words in anonymous.words(block, block + size):
+        for address, words in anonymous.words(block, block + min(size, left)):
+            left -= words.nbytes
             skipped = -address % EXTENT_STEP_BYTES // 8
             rows = words[skipped : skipped + (len(words) - skipped) // per_row * per_row].reshape(-1, per_row)
             page = np.uint64(EXTENT_PAGE_BYTES - 1)
@@ -52,6 +56,9 @@ def jemalloc_ranges(anonymous: AnonymousMemory, module: Module) -> tuple[Ranges,
             count += int(fits.sum())
             starts.append(low[fits])
             ends.append(high[fits])
+    if not count:
+        # Anything may look like a block; without an extent none of them is.
+        return ()
     start, end = anonymous.union(np.concatenate(starts), np.concatenate(ends))
     fact = Evidence(
         f"{len(blocks)} blocks of its base allocator hold descriptions of {count} extents",
@@ -63,13 +70,12 @@ def jemalloc_ranges(anonymous: AnonymousMemory, module: Module) -> tuple[Ranges,
 
 
 def _base_blocks(anonymous: AnonymousMemory) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
-    """(address, bytes) of each block: size, next block, and an extent that ends where the block does."""
+    """(address, bytes) of each block: size, next block, and an extent that ends where the block does.
+
+    Blocks do not lie in each other: of those that would, the first one counts.
+    """
     align = np.uint64(BLOCK_ALIGNMENT)
-    candidates = [
-        np.arange(low + -low % BLOCK_ALIGNMENT, high, BLOCK_ALIGNMENT, dtype=np.uint64)
-        for low, high in zip(*(column.tolist() for column in anonymous.writable), strict=True)
-    ]
-    address = np.concatenate(candidates) if candidates else np.zeros(0, np.uint64)
+    address = anonymous.multiples_of(BLOCK_ALIGNMENT)
     rows, saved = anonymous.rows_at(address, 5)
     size, following, bits, begins, rest = rows.T
     fits = (
@@ -80,4 +86,5 @@ def _base_blocks(anonymous: AnonymousMemory) -> np.ndarray[tuple[int, int], np.d
         & (bits & np.uint64(ARENA_MASK) == ARENA_MASK)
     )
     fits &= (begins > address) & (begins + rest == address + size) & anonymous.holds(address, address + size)
-    return np.stack([address[fits], size[fits]], axis=1)[:BLOCK_LIMIT]
+    start, end = without_overlap(address[fits], address[fits] + size[fits])
+    return np.stack([start, end - start], axis=1)[:BLOCK_LIMIT]

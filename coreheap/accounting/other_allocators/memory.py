@@ -14,11 +14,12 @@ import numpy.typing as npt
 
 from coreheap.corefile import Core, Module
 from coreheap.corefile.kinds import WRITE
-from coreheap.corefile.regions import without_overlap
+from coreheap.corefile.regions import left_of, without_overlap
 
 UInt64s = npt.NDArray[np.uint64]
 Bools = npt.NDArray[np.bool_]
 
+LAST_ADDRESS: Final = (1 << 64) - 1
 MODULE_WORDS_LIMIT: Final = 1 << 23
 """Words of a module's data that are looked at: 64 MiB."""
 
@@ -35,9 +36,7 @@ class AnonymousMemory:
     @cached_property
     def stretches(self) -> tuple[UInt64s, UInt64s]:
         """(start, end) of the maximal stretches of anonymous memory, whatever its access, modules' bss left out."""
-        memory = self.memory
-        rows = np.flatnonzero((memory.region_file_index < 0) & ~self._of_module)
-        start, end = memory.region_start[rows], memory.region_end[rows]
+        start, end = self._outside_of_modules(self.memory.region_file_index < 0)
         if not len(start):
             return start, end
         begins = np.concatenate(([True], start[1:] != end[:-1]))
@@ -49,17 +48,16 @@ class AnonymousMemory:
     def writable(self) -> tuple[UInt64s, UInt64s]:
         """(start, end) of the regions that are writable."""
         memory = self.memory
-        rows = (memory.region_file_index < 0) & ~self._of_module & (memory.region_flags & WRITE != 0)
-        return memory.region_start[rows], memory.region_end[rows]
+        return self._outside_of_modules((memory.region_file_index < 0) & (memory.region_flags & WRITE != 0))
 
-    @cached_property
-    def _of_module(self) -> Bools:
-        memory = self.memory
-        inside = np.zeros(len(memory.region_start), bool)
-        for module in self.core.modules:
-            first, last = np.searchsorted(memory.region_start, np.array([module.start, module.end], np.uint64)).tolist()
-            inside[first:last] = True
-        return inside
+    def _outside_of_modules(self, wanted: Bools) -> tuple[UInt64s, UInt64s]:
+        """(start, end) of some regions without what modules have of them: the kernel joins bss and what is mapped behind it."""
+        memory, page = self.memory, self.core.page_bytes
+        modules = [(module.start, min(module.end + -module.end % page, LAST_ADDRESS)) for module in self.core.modules]
+        columns = np.array(modules, np.uint64).reshape(-1, 2)
+        taken = without_overlap(columns[:, 0], columns[:, 1])
+        start, end, _ = left_of(memory.region_start[wanted], memory.region_end[wanted], *taken)
+        return start, end
 
     def holds(self, start: UInt64s, end: UInt64s) -> Bools:
         """For each range whether it lies in one anonymous stretch, and is not empty."""
@@ -70,6 +68,18 @@ class AnonymousMemory:
         known = row >= 0
         row = np.maximum(row, 0)
         return known & (start < end) & (end <= high[row])
+
+    def multiples_of(self, byte_count: int) -> UInt64s:
+        """The addresses in saved writable memory that are multiples of ``byte_count``, sorted.
+
+        Saved alone: a header may claim a segment of any size, the file bounds what is saved.
+        """
+        found = [np.zeros(0, np.uint64)]
+        for region_low, region_high in zip(*(column.tolist() for column in self.writable), strict=True):
+            for low, high in self.memory.saved_runs_within(region_low, region_high):
+                if low + -low % byte_count < high:
+                    found.append(np.arange(low + -low % byte_count, high, byte_count, dtype=np.uint64))
+        return np.concatenate(found)
 
     def words(self, start: int, end: int) -> Iterator[tuple[int, UInt64s]]:
         """(address, words) of the saved parts of [start, end) that have content; addresses are multiples of a word."""
@@ -88,7 +98,8 @@ class AnonymousMemory:
         for row in range(first, last):
             if not int(memory.region_flags[row]) & WRITE:
                 continue
-            for address, words in self.words(int(memory.region_start[row]), int(memory.region_end[row])):
+            end = min(int(memory.region_end[row]), module.end + -module.end % self.core.page_bytes)
+            for address, words in self.words(int(memory.region_start[row]), end):
                 words = words[:left]
                 left -= len(words)
                 at = np.flatnonzero(words)

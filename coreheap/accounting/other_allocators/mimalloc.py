@@ -49,11 +49,7 @@ def mimalloc_ranges(anonymous: AnonymousMemory, module: Module) -> tuple[Ranges,
 
 def _segments(anonymous: AnonymousMemory, secrets: UInt64s, size: int) -> UInt64s:
     """Addresses of the segments: all those where the same word of the header gives the same secret."""
-    candidates = [
-        np.arange(low + -low % size, high, size, dtype=np.uint64)
-        for low, high in zip(*(column.tolist() for column in anonymous.writable), strict=True)
-    ]
-    address = (np.concatenate(candidates) if candidates else np.zeros(0, np.uint64))[:CANDIDATE_LIMIT]
+    address = anonymous.multiples_of(size)[:CANDIDATE_LIMIT]
     rows, saved = anonymous.rows_at(address, HEADER_WORDS)
     mixed = rows ^ address[:, None]
     known = np.isin(mixed, secrets) & saved[:, None]

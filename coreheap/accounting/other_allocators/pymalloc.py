@@ -30,7 +30,9 @@ POOL_HEADER_WORDS: Final = 6
 BLOCK_ALIGNMENTS: Final = (16, 8)
 """Of 64-bit builds from 3.7.4 on, and before (bpo-27987)."""
 LARGEST_BLOCK: Final = 512
+ROW_BYTES: Final = 8 * ROW_WORDS
 ROWS_LIMIT: Final = 1 << 20
+"""Of all arrays together: arenas of 256 GiB and more."""
 LEVELS: Final = 2
 """How many pointers may lie between the interpreter's data and the array."""
 POINTERS_LIMIT: Final = 1 << 16
@@ -61,26 +63,41 @@ def _array(anonymous: AnonymousMemory, pointers: UInt64s) -> tuple[int, UInt64s]
     rows, saved = anonymous.rows_at(pointers, ROW_WORDS)
     candidates = pointers[saved & (_is_arena(anonymous, rows) | _is_unused(rows))]
     best: tuple[int, UInt64s] | None = None
-    most = 0
+    most, left = 0, ROWS_LIMIT
+    # What each of the phases that rows may have has been walked to: the same rows are not walked from their middle again.
+    walked_to = dict.fromkeys(range(0, ROW_BYTES, 8), 0)
     for start in candidates.tolist():
-        array = _rows_from(anonymous, start)
-        used = int(_is_arena(anonymous, array).sum())
-        if used > most and used == len(np.unique(array[_is_arena(anonymous, array), 0])):
+        phase = start % ROW_BYTES
+        if start < walked_to.get(phase, 0):
+            continue
+        array = _rows_from(anonymous, start, left)
+        left -= len(array)
+        walked_to[phase] = start + len(array) * ROW_BYTES
+        is_arena = _is_arena(anonymous, array)
+        used = int(is_arena.sum())
+        if used > most and used == len(np.unique(array[is_arena, 0])):
             best, most = (start, array), used
+        if left <= 0:
+            break
     return best
 
 
-def _rows_from(anonymous: AnonymousMemory, start: int) -> UInt64s:
-    """The rows from an address up to the first that is no arena_object."""
+def _rows_from(anonymous: AnonymousMemory, start: int, most: int) -> UInt64s:
+    """The rows from an address up to the first that is no arena_object.
+
+    Unused ones are chained: one of them has no next one, and zeros are no array.
+    """
     limit = 16
     while True:
-        addresses = np.uint64(start) + np.arange(limit, dtype=np.uint64) * np.uint64(8 * ROW_WORDS)
+        addresses = np.uint64(start) + np.arange(limit, dtype=np.uint64) * np.uint64(ROW_BYTES)
         rows, saved = anonymous.rows_at(addresses, ROW_WORDS)
-        good = saved & (_is_arena(anonymous, rows) | _is_unused(rows))
+        unused = _is_unused(rows)
+        is_last = unused & (rows[:, 4] == 0)
+        good = saved & (_is_arena(anonymous, rows) | unused) & (np.cumsum(is_last) <= 1)
         count = limit if good.all() else int(good.argmin())
-        if count < limit or limit >= ROWS_LIMIT:
+        if count < limit or limit >= most:
             return rows[:count]
-        limit *= 4
+        limit = min(limit * 4, most)
 
 
 def _is_arena(anonymous: AnonymousMemory, rows: UInt64s) -> Bools:

@@ -34,7 +34,7 @@ def tcmalloc_ranges(anonymous: AnonymousMemory, module: Module) -> tuple[Ranges,
     """The spans, then what of the same mappings lies between them; empty where no page map is recognised."""
     _, pointers = anonymous.module_words(module)
     pointers = np.unique(pointers[anonymous.holds(pointers, pointers + np.uint64(1))])
-    leads_to = _words_of_leaves(anonymous, pointers)
+    leads_to, is_all = _words_of_leaves(anonymous, pointers)
     leads_to = leads_to[leads_to % np.uint64(anonymous.word_bytes) == 0]
     rows, saved = anonymous.rows_at(leads_to, 2)
     rows = rows[saved]
@@ -55,24 +55,39 @@ def tcmalloc_ranges(anonymous: AnonymousMemory, module: Module) -> tuple[Ranges,
         module.start,
     )
     start, end = anonymous.union(best[0], best[1])
-    own = Ranges(start, end, (spans_are,))
+    facts = [spans_are]
+    if not is_all:
+        facts.append(
+            Evidence(
+                f"only {format_bytes(LEAVES_LIMIT)} of what its data points to were searched for its page map: spans may be missing",
+                "the module's data",
+                Strength.HINT,
+                module.start,
+                speaks_against=True,
+            )
+        )
+    own = Ranges(start, end, tuple(facts))
     return (own, *_between(anonymous, module, own))
 
 
-def _words_of_leaves(anonymous: AnonymousMemory, pointers: UInt64s) -> UInt64s:
-    """All different addresses of anonymous memory that the leaves may hold."""
+def _words_of_leaves(anonymous: AnonymousMemory, pointers: UInt64s) -> tuple[UInt64s, bool]:
+    """All different addresses of anonymous memory that the leaves may hold, and whether all leaves were read.
+
+    A leaf lies where a pointer leads to. What several pointers lead to is read once.
+    """
     found, left, done = [pointers], LEAVES_LIMIT, 0
-    for start in pointers.tolist():
-        start = max(start, done)
-        end = min(start + LEAF_BYTES, start + left)
+    for pointer in pointers.tolist():
+        start, end = max(pointer, done), pointer + LEAF_BYTES
         if start >= end:
+            continue
+        if left <= 0:
             break
-        for _, words in anonymous.words(start, end):
-            left -= 8 * len(words)
+        for _, words in anonymous.words(start, min(end, start + left)):
+            left -= anonymous.word_bytes * len(words)
             found.append(np.unique(words[words != 0]))
         done = end
     every = np.unique(np.concatenate(found))
-    return every[anonymous.holds(every, every + np.uint64(1))]
+    return every[anonymous.holds(every, every + np.uint64(1))], left > 0
 
 
 def _between(anonymous: AnonymousMemory, module: Module, spans: Ranges) -> Iterator[Ranges]:

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from coreheap.allocators.glibc.identify import Identification
 from coreheap.allocators.glibc.locate import mapping_end, touching_end
 from coreheap.allocators.glibc.records import (
-    FREE_LIST_LIMIT,
     ArenaState,
     HeapInfo,
     Layout,
-    heap_info_is_plausible,
     read_arena,
-    read_heap_info,
 )
+from coreheap.allocators.glibc.sub_heaps import age_in, chain_of, heap_of_another_size, size_at, wrong_size
 from coreheap.corefile import Core
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Anomaly, Gap
@@ -55,6 +53,8 @@ class ArenaSurvey:
     arenas: tuple[ArenaFacts, ...]
     anomalies: tuple[Anomaly, ...]
     gaps: tuple[Gap, ...]
+    open_rings: frozenset[int] = frozenset()
+    """Copies whose ring of arenas could not be followed to its end."""
 
 
 def survey_arenas(core: Core, copies: tuple[Identification, ...]) -> ArenaSurvey:
@@ -69,7 +69,8 @@ def survey_arenas(core: Core, copies: tuple[Identification, ...]) -> ArenaSurvey
     for copy, found in enumerate(copies):
         survey = _Survey(core, found, copy, anomalies, gaps)
         survey.add_to(arenas, claimed)
-    return ArenaSurvey(tuple(arenas), tuple(anomalies), tuple(dict.fromkeys(gaps)))
+    open_rings = frozenset(copy for copy, found in enumerate(copies) if not found.ring.is_closed)
+    return ArenaSurvey(tuple(arenas), tuple(anomalies), tuple(dict.fromkeys(gaps)), open_rings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,7 @@ class _Survey:
                     "the ring of arenas could not be followed to its end; arenas may be missing",
                 )
             )
+            self._note_broken_ring(addresses, len(arenas))
             # Only then do sub-heaps that lead to unknown arenas say something: stale heap_info may lie anywhere.
             for header in found.headers:
                 if header.ar_ptr not in claimed:
@@ -114,9 +116,41 @@ class _Survey:
             else:
                 arenas.append(self._main_arena(state, index, free_list))
 
+    def _note_broken_ring(self, members: list[int], first_index: int) -> None:
+        """An anomaly where the last arena's next is saved and cannot lead on: into memory that holds no arena, or none at all."""
+        memory, offset = self.core.memory, self.found.layout.state.offset("next")
+        if not members:
+            return
+        reached = members[0]  # main_arena where the ring led to it, else where it was entered
+        seen = {reached}
+        while True:
+            try:
+                following = memory.read_word(reached + offset)
+            except MemoryFault:
+                return
+            if following not in members or following in seen:
+                break
+            seen.add(following)
+            reached = following
+        is_mapped = memory.region_index(following) is not None
+        if is_mapped and not memory.is_saved(following, following + self.found.layout.state.byte_count):
+            return  # an arena may well be there
+        self.anomalies.append(
+            Anomaly(
+                "arena_ring_damaged",
+                reached,
+                "next of the ring of arenas: another arena, at last main_arena",
+                format_address(following),
+                first_index + members.index(reached) + (self.found.ring.main is None),
+                word_address=reached + offset,
+                observed_word=following,
+                expected_word=self.found.ring.main if len(members) == 1 else None,
+            )
+        )
+
     def _main_arena(self, state: ArenaState, index: int, free_list: dict[int, bool]) -> ArenaFacts:
         core, parameters = self.core, self.found.parameters
-        top_bytes = _size_at(core, state.top) if state.top else 0
+        top_bytes = size_at(core, state.top) if state.top else 0
         sbrk_base = parameters.values["sbrk_base"] if parameters else 0
         brk_range: AddressRange | None = None
         if state.system_mem and state.is_contiguous:
@@ -128,7 +162,7 @@ class _Survey:
                         AddressRange(state.top, state.top),
                     )
                 )
-            brk_range = _brk_range(core, state, top_bytes, sbrk_base, index, self.anomalies)
+            brk_range = _brk_range(core, self.found.layout, state, top_bytes, sbrk_base, index, self.anomalies)
         return ArenaFacts(
             index,
             self.copy,
@@ -164,9 +198,18 @@ class _Survey:
         free_list: dict[int, bool],
     ) -> ArenaFacts:
         core, found = self.core, self.found
-        chain = _chain(core, found, state, index, self.anomalies, self.gaps) if state is not None else {}
+        chain = chain_of(core, found, state, index, by_header, self.anomalies, self.gaps) if state is not None else {}
         complete = state is not None and sum(heap.size for heap in chain.values()) == state.system_mem
-        if not complete:
+        is_whole = any(heap.address + found.layout.heap_info_bytes == address for heap in chain.values())
+        if state is not None and not complete and is_whole and not set(by_header) - set(chain):
+            total = sum(heap.size for heap in chain.values())
+            wrong = heap_of_another_size(core, found.layout, state, chain, state.system_mem - total)
+            if wrong is None:
+                self.anomalies.append(_wrong_system_mem(found.layout, state, total, index))
+            else:
+                self.anomalies.append(wrong_size(found.layout, chain[wrong.address], wrong.size, index))
+                chain[wrong.address] = wrong
+        elif not complete:
             chain = {**by_header, **chain}
         elif extra := sorted(set(by_header) - set(chain)):
             self.anomalies.append(
@@ -178,7 +221,7 @@ class _Survey:
                     index,
                 )
             )
-        sub_heaps = tuple(sorted(chain.values(), key=lambda heap: _age(heap, chain)))
+        sub_heaps = tuple(sorted(chain.values(), key=lambda heap: age_in(heap, chain)))
         total = sum(heap.size for heap in sub_heaps)
         if state is not None and total != state.system_mem:
             self.gaps.append(
@@ -196,7 +239,7 @@ class _Survey:
             sub_heaps,
             found.heap_max,
             None,
-            _size_at(core, state.top) if state is not None else None,
+            size_at(core, state.top) if state is not None else None,
             free_list.get(address),
         )
 
@@ -225,15 +268,14 @@ def _free_list(states: dict[int, ArenaState | None], found: Identification) -> d
     }
 
 
-def _size_at(core: Core, header: int) -> int | None:
-    try:
-        return core.memory.read_word(header + core.word_bytes) & ~7
-    except MemoryFault:
-        return None
-
-
 def _brk_range(
-    core: Core, state: ArenaState, top_bytes: int | None, sbrk_base: int, index: int, anomalies: list[Anomaly]
+    core: Core,
+    layout: Layout,
+    state: ArenaState,
+    top_bytes: int | None,
+    sbrk_base: int,
+    index: int,
+    anomalies: list[Anomaly],
 ) -> AddressRange | None:
     """The contiguous main arena's memory, which is [sbrk_base, end of top) and system_mem long; None where nothing fits.
 
@@ -244,10 +286,14 @@ def _brk_range(
     end = state.top + top_bytes if state.top and top_bytes else 0
     start = sbrk_base or end - state.system_mem
     expected = start + state.system_mem
-    holds_top = end == expected or (sbrk_base and top_bytes and start <= state.top < expected)
+    holds_top = end == expected or (sbrk_base and top_bytes is not None and start <= state.top < expected)
     if holds_top and expected <= touching_end(core.memory, start):
         return AddressRange(start, expected)
     mapped_end = mapping_end(core.memory, start)
+    if top_bytes and sbrk_base and start <= state.top < end == mapped_end:
+        # top ends where the break does: it is system_mem that is wrong.
+        anomalies.append(_wrong_system_mem(layout, state, end - start, index))
+        return AddressRange(start, end)
     if top_bytes is not None:
         anomalies.append(
             Anomaly(
@@ -256,6 +302,8 @@ def _brk_range(
                 f"top to end {state.system_mem:#x} bytes (system_mem) behind sbrk_base {format_address(start)}",
                 f"top at {format_address(state.top)} of {top_bytes:#x} bytes",
                 index,
+                word_address=state.address + layout.state.offset("top"),
+                observed_word=state.top,
             )
         )
     if mapped_end <= start:
@@ -263,49 +311,15 @@ def _brk_range(
     return AddressRange(start, min(expected, mapped_end))
 
 
-def _age(heap: HeapInfo, chain: dict[int, HeapInfo]) -> tuple[int, int]:
-    """How many older sub-heaps the prev chain names behind this one, for an order of oldest first."""
-    steps, at = 0, heap
-    while at.prev in chain and steps <= len(chain):
-        steps, at = steps + 1, chain[at.prev]
-    return steps, heap.address
-
-
-def _chain(
-    core: Core,
-    found: Identification,
-    state: ArenaState,
-    index: int,
-    anomalies: list[Anomaly],
-    gaps: list[Gap],
-) -> dict[int, HeapInfo]:
-    """Sub-heaps from the one that holds top along prev; by address."""
-    chain: dict[int, HeapInfo] = {}
-    at = state.top & ~(found.heap_max - 1)
-    while at and at not in chain and len(chain) < FREE_LIST_LIMIT:
-        try:
-            heap = read_heap_info(core.memory, at, found.layout)
-        except MemoryFault as fault:
-            gaps.append(
-                Gap(
-                    "sub_heap_not_saved",
-                    f"the heap_info at {format_address(at)} of arena {index} is not in the core ({fault.cause}): older"
-                    " sub-heaps may be missing",
-                    AddressRange(at, at + found.layout.heap_info_bytes),
-                )
-            )
-            break
-        if heap.ar_ptr != state.address or not heap_info_is_plausible(heap, found.heap_max, core.page_bytes):
-            anomalies.append(
-                Anomaly(
-                    "sub_heap_header_damaged",
-                    at,
-                    f"ar_ptr {format_address(state.address)} and sizes up to {found.heap_max:#x}",
-                    f"ar_ptr {format_address(heap.ar_ptr)}, size {heap.size:#x}, prev {format_address(heap.prev)}",
-                    index,
-                )
-            )
-            break
-        chain[at] = heap
-        at = heap.prev
-    return chain
+def _wrong_system_mem(layout: Layout, state: ArenaState, expected: int, index: int) -> Anomaly:
+    place = state.address + layout.state.offset("system_mem")
+    return Anomaly(
+        "system_mem_damaged",
+        state.address,
+        f"system_mem: {expected:#x}, what the arena's memory adds up to",
+        f"{state.system_mem:#x}",
+        index,
+        word_address=place,
+        observed_word=state.system_mem,
+        expected_word=expected,
+    )

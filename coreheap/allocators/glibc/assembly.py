@@ -10,6 +10,8 @@ import numpy as np
 from coreheap.allocators.glibc.arenas import ArenaFacts, ArenaSurvey
 from coreheap.allocators.glibc.copies import Copies
 from coreheap.allocators.glibc.identify import Identification
+from coreheap.allocators.glibc.integrity import Integrity
+from coreheap.allocators.glibc.judgement import Judge
 from coreheap.allocators.glibc.layouts import GENERATIONS
 from coreheap.allocators.glibc.mmapped import MmappedFindings
 from coreheap.allocators.glibc.overlay import Overlay
@@ -19,6 +21,7 @@ from coreheap.allocators.glibc.walk import HeapWalk
 from coreheap.corefile import Core
 from coreheap.evidence import Anomaly, Evidence, Gap, Strength, confidence_from
 from coreheap.heap import (
+    BINNED_STATES,
     AllocatorIdentity,
     Arena,
     ChunkRegion,
@@ -74,8 +77,12 @@ class Assembly:
         overlay: Overlay,
         caches: list[list[Cache]],
         own_chunks: list[int],
+        judge: Judge,
+        integrity: Integrity,
     ) -> None:
         """``caches`` by copy of malloc; ``own_chunks`` has the chunk index of each, in the same order."""
+        self.judge = judge
+        self.integrity = integrity
         self.core = core
         self.copies = copies
         self.found = copies.found[0]
@@ -116,8 +123,11 @@ class Assembly:
         mmapped_totals = self._mmapped_totals(table)
         mapped = self.walk.index.mmapped
         others = (*self.survey.anomalies, *self.surplus, *mmapped.anomalies)
-        all_anomalies = (*others, *self.walk.anomalies, *self.overlay.anomalies)
-        count = len(others) + self.walk.anomaly_count + self.overlay.anomaly_count
+        walked = [anomaly for anomaly in self.walk.anomalies if not self._is_of_a_bin(anomaly)]
+        self.walk.anomaly_count -= len(self.walk.anomalies) - len(walked)
+        found = [self.judge.completed(anomaly, self.walk.index) for anomaly in (*others, *walked)]
+        all_anomalies = (*found, *self.overlay.anomalies, *self.integrity.anomalies)
+        count = len(others) + self.walk.anomaly_count + self.overlay.anomaly_count + self.integrity.anomaly_count
         limit, reason = self._arena_limit()
         more = [*mmapped.evidence, *self._tiling(arenas, count)]
         copies = tuple(self._copy(number, arenas, more) for number in range(len(self.copies.found)))
@@ -148,6 +158,11 @@ class Assembly:
             mmapped_bytes=int(mapped.mapping_bytes.sum()),
             copies=copies,
         )
+
+    def _is_of_a_bin(self, anomaly: Anomaly) -> bool:
+        """Whether an arena's flag is missing only because the chunk is on a bin, where no chunk has it, and looks in use."""
+        chunk = self.walk.index.chunk_starting_at(anomaly.address) if anomaly.code == "arena_flag_mismatch" else -1
+        return chunk >= 0 and self.walk.index.state[chunk] in BINNED_STATES
 
     def _own_ranges(self) -> tuple[AddressRange, ...]:
         """malloc_state of every arena, and malloc_par: their bins, top and last_remainder hold no chunk."""
@@ -256,7 +271,10 @@ class Assembly:
         walked += _bytes_of(unattributed, "foreign_sbrk") + self._bytes_of_other_copies(facts)
         if facts.is_main:
             walked += self._bytes_before_first_headers(facts, regions)
-        if walked > facts.state.system_mem:
+        # Behind a damaged header nothing says how far a heap really reaches; a damaged system_mem is told already.
+        known = (*self.walk.anomalies, *self.survey.anomalies)
+        is_whole = all(anomaly.arena != facts.index for anomaly in known)
+        if walked > facts.state.system_mem and is_whole:
             self.surplus.append(
                 Anomaly(
                     "more_than_system_mem",

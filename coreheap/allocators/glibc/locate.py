@@ -346,6 +346,13 @@ def mapping_end(memory: AddressSpace, address: int) -> int:
     return _end_of(*anonymous_mappings(memory), address)
 
 
+def mapping_start(memory: AddressSpace, address: int) -> int:
+    """Where the writable anonymous mapping that holds an address begins; the address itself where none does."""
+    starts, ends = anonymous_mappings(memory)
+    row = int(np.searchsorted(starts, np.uint64(address), side="right")) - 1 if 0 <= address < 1 << 64 else -1
+    return int(starts[row]) if row >= 0 and address < int(ends[row]) else address
+
+
 def touching_end(memory: AddressSpace, address: int) -> int:
     """Where writable anonymous memory without a gap ends, from an address on; several mappings may share it.
 

@@ -23,7 +23,10 @@ from coreheap.quantities import AddressRange, format_bytes
 MOST_SURPLUS = 3
 """Headers too many that are told from real ones by the bytes they add; more are only reported."""
 
+IS_MMAPPED = 2
 MOST_COMBINED = 64
+MOST_RANGES = 1 << 12
+"""Stretches of anonymous memory in which the mapping of a damaged header is looked for."""
 GAPS_KEPT = 100
 REFERENCE_SCAN_LIMIT = 2 << 30
 REFERENCE_BLOCK_WORDS = 1 << 20
@@ -82,11 +85,87 @@ def find_mmapped(
                 Strength.PROOF,
             )
         )
+    if n_mmaps is not None and mmapped_mem is not None and len(found) + 1 == n_mmaps and not gaps:
+        missing = _damaged_header(core, layout, excluded, found, mmapped_mem - total)
+        if missing is not None:
+            return MmappedFindings(_with_row(found, missing, layout), (missing.anomaly,), tuple(evidence), gaps)
     return MmappedFindings(
         found,
         _contradictions(found, n_mmaps, mmapped_mem if exact else None) if not gaps else (),
         tuple(evidence),
         gaps,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Missing:
+    """The mapping of a chunk whose header is damaged."""
+
+    start: int
+    byte_count: int
+    anomaly: Anomaly
+
+
+def _damaged_header(
+    core: Core, layout: Layout, excluded: list[tuple[int, int]], found: MmappedChunks, missing_bytes: int
+) -> _Missing | None:
+    """The one mapping that mp_ counts and no header shows, where all else proves which it is.
+
+    It must be as long as mmapped_mem says, at one end of memory that nothing else has (the kernel places each new mapping
+    against another), and the only such place where the size word is still what sysmalloc_mmap wrote, or where a pointer leads to
+    the payload and the first word or the room fits. A chunk of memalign is not looked for.
+    """
+    page = core.page_bytes
+    missing_bytes -= missing_bytes % page  # 2.43 and 2.44 count some words too many
+    if missing_bytes <= 0 or core.memory.saved_bytes > REFERENCE_SCAN_LIMIT:
+        return None
+    taken = zip(found.mapping_start.tolist(), (found.mapping_start + found.mapping_bytes).tolist(), strict=True)
+    free = anonymous_ranges(core, [*excluded, *taken])
+    phase = layout.aligned_header(0)
+    size_word = missing_bytes - phase - layout.mmapped_trailer_bytes | IS_MMAPPED
+    candidates: dict[int, tuple[int, int, bool]] = {}
+    for start, end in free[:MOST_RANGES]:
+        start += -start % page
+        for at in {start, end - missing_bytes}:
+            if start <= at and at + missing_bytes <= end and core.memory.is_saved(at, at + missing_bytes):
+                words = core.memory.read_words(at + phase, 2).tolist()
+                candidates[at] = (words[0], words[1], end - start == missing_bytes)
+    if not candidates:
+        return None
+    starts = np.array(sorted(candidates), np.uint64)
+    pointed = ~_unpointed(core.memory, starts + np.uint64(phase + 2 * core.word_bytes))
+    chosen = []
+    for at, is_pointed_to in zip(starts.tolist(), pointed.tolist(), strict=True):
+        first, second, fills_the_gap = candidates[at]
+        if second == size_word or (is_pointed_to and (first == phase or fills_the_gap)):
+            chosen.append(at)
+    if len(chosen) != 1:
+        return None
+    header, (first, second, _) = chosen[0] + phase, candidates[chosen[0]]
+    is_size = second != size_word
+    anomaly = Anomaly(
+        "mmapped_header_damaged",
+        header,
+        f"the header of an mmapped chunk of {format_bytes(missing_bytes)}, which mp_ counts and no other header shows",
+        f"prev_size {first:#x}, size word {second:#x}",
+        word_address=header + (core.word_bytes if is_size else 0),
+        observed_word=second if is_size else first,
+        expected_word=size_word if is_size else phase,
+        header_address=header,
+    )
+    return _Missing(chosen[0], missing_bytes, anomaly)
+
+
+def _with_row(found: MmappedChunks, missing: _Missing, layout: Layout) -> MmappedChunks:
+    """The table with the chunk whose header is damaged, as malloc made it."""
+    row = int(np.searchsorted(found.mapping_start, missing.start))
+    header = layout.aligned_header(missing.start)
+    chunk_bytes = missing.byte_count - (header - missing.start) - layout.mmapped_trailer_bytes
+    return MmappedChunks(
+        np.insert(found.header_address, row, np.uint64(header)),
+        np.insert(found.mapping_start, row, np.uint64(missing.start)),
+        np.insert(found.mapping_bytes, row, np.uint64(missing.byte_count)),
+        np.insert(found.chunk_bytes, row, np.uint64(chunk_bytes)),
     )
 
 
@@ -194,11 +273,14 @@ def _holds_stack(core: Core, found: MmappedChunks) -> npt.NDArray[np.bool_]:
 
 def _unreferenced(memory: AddressSpace, found: MmappedChunks) -> npt.NDArray[np.bool_]:
     """Which chunks no word of saved memory points to, payload start taken; all False when that is too much to read."""
-    header_bytes = np.uint64(2 * memory.word_bytes)
-    payload = found.header_address + header_bytes
     if memory.saved_bytes > REFERENCE_SCAN_LIMIT:
         return np.zeros(len(found), bool)
-    seen = np.zeros(len(found), bool)
+    return _unpointed(memory, found.header_address + np.uint64(2 * memory.word_bytes))
+
+
+def _unpointed(memory: AddressSpace, payload: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which of the addresses, ascending, no word of saved memory holds; bool[n]."""
+    seen = np.zeros(len(payload), bool)
     for start, end in zip(memory.run_start.tolist(), memory.run_end.tolist(), strict=True):
         for block in range(start, end, REFERENCE_BLOCK_WORDS * memory.word_bytes):
             count = min(end - block, REFERENCE_BLOCK_WORDS * memory.word_bytes) // memory.word_bytes

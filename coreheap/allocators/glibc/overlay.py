@@ -5,19 +5,24 @@ Knows: where each list's head is and which sizes belong on it. Does not know: ho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from coreheap.allocators.glibc.arenas import ArenaFacts
-from coreheap.allocators.glibc.records import BIN_COUNT, Layout
-from coreheap.allocators.glibc.structures import bin_numbers, tcache_bin_sizes
+from coreheap.allocators.glibc.gathering import words_at
+from coreheap.allocators.glibc.judgement import PREV_INUSE, Judge
+from coreheap.allocators.glibc.messages import Moment
+from coreheap.allocators.glibc.records import BIN_COUNT, Layout, UInt64s
+from coreheap.allocators.glibc.structures import TcacheKey, bin_numbers, tcache_bin_sizes
 from coreheap.allocators.glibc.tcache import Cache
-from coreheap.allocators.glibc.walk import HeapWalk
+from coreheap.allocators.glibc.walk import ANOMALIES_KEPT, HeapWalk
 from coreheap.corefile import Core
+from coreheap.errors import MemoryFault
 from coreheap.evidence import Anomaly, Gap
 from coreheap.heap import FreeList
 from coreheap.kernels import (
+    NO_WORD,
     ChunkIndex,
     ChunkState,
     ListError,
@@ -31,9 +36,13 @@ from coreheap.kernels import (
 from coreheap.quantities import AddressRange, format_address
 
 FIRST_LARGE_BIN = 64
+SAFE_LINKING_SHIFT = 12
 TCACHE_SMALL_BINS = 64
+MOST_HIDDEN = 64
 MOST_CACHED = 1 << 16
 """More blocks than a tcache bin can count."""
+NO_COUNT = 1 << 62
+"""Stands for slots that no number of cached blocks leaves free: no list is so long."""
 
 LIST_ERROR_TEXTS = {
     ListError.WRONG_SIZE: ("a chunk of the list's sizes", "another size"),
@@ -44,7 +53,35 @@ LIST_ERROR_TEXTS = {
     ListError.WRONG_STATE: ("a free chunk", "a chunk that cannot be on such a list"),
     ListError.ALREADY_LISTED: ("each chunk on one list once", "a chunk listed twice"),
     ListError.NOT_SAVED: ("the next pointer", "memory that was not saved"),
+    ListError.NOT_SORTED: ("chunks in the order of their sizes", "a chunk out of order"),
+    ListError.BROKEN_SIZE_RING: ("nextsize links between the first chunks of each size", "another nextsize link"),
+    ListError.STRAY_SIZE_LINK: ("no nextsize links but in the first chunk of each size", "a nextsize link"),
+    ListError.WRONG_KEY: ("the tcache's key in each block", "another word"),
+    ListError.LOOKS_IN_USE: ("PREV_INUSE clear behind a free chunk", "PREV_INUSE set"),
+    ListError.LOOKS_FREE: ("PREV_INUSE set behind a chunk of the list", "PREV_INUSE clear"),
+    ListError.BROKEN_FORWARD_LINK: ("fd that names the chunk behind", "another fd"),
 }
+
+LINK_ERRORS = frozenset(
+    {
+        ListError.BROKEN_BACK_LINK,
+        ListError.BROKEN_FORWARD_LINK,
+        ListError.BROKEN_SIZE_RING,
+        ListError.STRAY_SIZE_LINK,
+        ListError.MISALIGNED,
+        ListError.NOT_A_CHUNK_START,
+    }
+)
+"""Errors that a word makes which malloc only ever fills with addresses of its own."""
+
+END_ERRORS = frozenset(
+    {ListError.MISALIGNED, ListError.NOT_A_CHUNK_START, ListError.ALREADY_LISTED, ListError.WRONG_STATE}
+)
+"""Errors of a link behind which no chunk of the list follows, where malloc's own count says so."""
+
+KEY_SAMPLES = 3
+"""Cached blocks that must agree on a key that nothing else tells."""
+KEY_STEPS = 16
 
 
 @dataclass(slots=True)
@@ -58,10 +95,15 @@ class ListColumns:
     sentinel: list[int]
     expected: list[int]
     origin: list[tuple[int | None, int | None, int]]
+    head_places: list[int]
+    """Where each list's head pointer lies."""
+    count_places: list[int]
+    """Where malloc's own count of each list lies, 0 where it keeps none."""
+    threads: list[int | None]
 
     @classmethod
     def empty(cls) -> ListColumns:
-        return cls([], [], [], [], [], [], [])
+        return cls([], [], [], [], [], [], [], [], [], [])
 
     def add(
         self,
@@ -72,6 +114,9 @@ class ListColumns:
         sentinel: int,
         expected: int,
         origin: tuple[int | None, int | None, int],
+        head_place: int,
+        count_place: int = 0,
+        thread: int | None = None,
     ) -> None:
         self.heads.append(head)
         self.state.append(int(state))
@@ -80,13 +125,17 @@ class ListColumns:
         self.sentinel.append(sentinel)
         self.expected.append(expected)
         self.origin.append(origin)
+        self.head_places.append(head_place)
+        self.count_places.append(count_place)
+        self.threads.append(thread)
 
 
 class Overlay:
     """Follows all free lists of a process and writes their states into the index."""
 
-    def __init__(self, core: Core, layout: Layout, walk: HeapWalk) -> None:
+    def __init__(self, core: Core, layout: Layout, walk: HeapWalk, judge: Judge) -> None:
         self.layout = layout
+        self.judge = judge
         self.index = walk.index
         self.geometry = layout.geometry
         self.left_out = [part.range for parts in walk.unattributed.values() for part in parts]
@@ -97,21 +146,26 @@ class Overlay:
         self.anomalies: list[Anomaly] = []
         self.anomaly_count = 0
         self.gaps: list[Gap] = []
+        self.hidden_starts: list[int] = []
+        """Header addresses that lists lead to inside of what the walk took for one live chunk; at most MOST_HIDDEN."""
+        self.open_lists: list[tuple[int | None, ChunkState, int]] = []
+        """Lists of which chunks may be missing: arena (None: a tcache), kind, number."""
+        self._own: list[tuple[int, int]] = []
+        self._slots: int | None = None
 
     def bins(self, arenas: tuple[ArenaFacts, ...]) -> None:
         """Unsorted, small and large bins of every arena whose malloc_state was saved."""
         lowest, highest = bin_numbers(self.layout.word_class)
         columns = ListColumns.empty()
         for arena in arenas:
-            if arena.state is None:
+            # An arena that was never used has all its bins 0.
+            if arena.state is None or not arena.state.bins.any():
                 continue
+            self._own.append((arena.state.address, arena.state.address + self.layout.state.byte_count))
             for number in range(1, BIN_COUNT + 1):
                 head, tail = (int(word) for word in arena.state.bins[2 * (number - 1) : 2 * number])
                 sentinel = self.layout.bin_header(arena.state.address, number)
                 if head == tail == sentinel:
-                    continue
-                if head in (0, sentinel):
-                    self._note_lost_head(arena, number, sentinel, head, tail)
                     continue
                 kind = (
                     ChunkState.UNSORTED_BIN
@@ -128,49 +182,49 @@ class Overlay:
                     sentinel,
                     -1,
                     (arena.index, None, number),
+                    sentinel + 2 * self.geometry.word_bytes,
                 )
-        self._follow(columns, ListKind.DOUBLY, False)
-
-    def _note_lost_head(self, arena: ArenaFacts, number: int, sentinel: int, head: int, tail: int) -> None:
-        """A bin whose fd says empty and whose bk does not; an arena that was never used has all its bins 0."""
-        if arena.state is None or not arena.state.bins.any():
-            return
-        self.anomaly_count += 1
-        self.anomalies.append(
-            Anomaly(
-                "bin_head_damaged",
-                sentinel,
-                f"bin {number}: fd and bk of its own address, or of chunks",
-                f"fd {format_address(head)}, bk {format_address(tail)}",
-                arena.index,
-            )
-        )
+        self._follow(columns, ListKind.DOUBLY, False, size_links_from=self.layout.word_class.bins.small_limit)
 
     def fastbins(self, arenas: tuple[ArenaFacts, ...]) -> None:
         """Fastbins of every arena whose malloc_state was saved (up to 2.42)."""
         columns = ListColumns.empty()
         for arena in arenas:
-            heads = arena.state.fastbins.tolist() if arena.state is not None else []
-            for number, head in enumerate(heads):
+            if arena.state is None:
+                continue
+            for number, head in enumerate(arena.state.fastbins.tolist()):
                 if head:
                     size = self.layout.word_class.fastbin_chunk_bytes(number)
-                    columns.add(head, ChunkState.FASTBIN, size, size, 0, -1, (arena.index, None, number))
+                    place = (
+                        arena.state.address + self.layout.state.offset("fastbinsY") + number * self.geometry.word_bytes
+                    )
+                    columns.add(head, ChunkState.FASTBIN, size, size, 0, -1, (arena.index, None, number), place)
         self._follow(columns, ListKind.SINGLY_HEADER, self.layout.generation.safe_linking)
 
-    def tcaches(self, caches: list[Cache], tcache_count: int | None, first_number: int = 0) -> None:
-        """The lists of every tcache; ``tcache_count`` is mp_'s, which tells used slots from free ones (2.42+).
+    def tcaches(
+        self, caches: list[Cache], tcache_count: int | None, first_number: int = 0, key_place: int | None = None
+    ) -> None:
+        """The lists of every tcache; ``tcache_count`` are the slots of each, which tell used from free ones (2.42+).
 
-        The caches are numbered from ``first_number`` on.
+        The caches are numbered from ``first_number`` on. ``key_place`` is where tcache_key lies (2.34+), None where unknown.
         """
+        fields = self.layout.tcache
+        if fields is None:
+            return
         columns = ListColumns.empty()
+        self._slots = tcache_count
+        keys: list[int] = []
+        random_key = self._random_key(caches, key_place)
         counted_from_one_less = self._tcaches_count_from_one_less(caches)
         for number, cache in enumerate(caches, first_number):
             low, high = tcache_bin_sizes(len(cache.state.entries), self.layout.word_class, counted_from_one_less)
             for bin_number in np.flatnonzero(cache.state.entries).tolist():
                 count = int(cache.state.counts[bin_number])
+                by_address = self.layout.generation.tcache_key is TcacheKey.STRUCT_ADDRESS
+                keys.append(cache.address if by_address else random_key)
                 if self.layout.generation.tcache_counts_free_slots:
-                    used = tcache_count - count if tcache_count is not None else -1
-                    count = used if 0 <= used < MOST_CACHED else -1
+                    used = (tcache_count or 0) - count
+                    count = -1 if tcache_count is None else used if 0 <= used < MOST_CACHED else NO_COUNT
                 columns.add(
                     int(cache.state.entries[bin_number]),
                     ChunkState.TCACHE,
@@ -179,8 +233,33 @@ class Overlay:
                     0,
                     count,
                     (None, number, bin_number),
+                    cache.address + fields.offset("entries") + bin_number * self.geometry.word_bytes,
+                    cache.address + fields.offset("counts") + bin_number * fields.fields["counts"].element_bytes,
+                    cache.thread,
                 )
-        self._follow(columns, ListKind.SINGLY_PAYLOAD, self.layout.generation.safe_linking)
+        self._follow(
+            columns, ListKind.SINGLY_PAYLOAD, self.layout.generation.safe_linking, keys=np.array(keys, np.uint64)
+        )
+
+    def _random_key(self, caches: list[Cache], key_place: int | None) -> int:
+        """tcache_key (2.34+): what most cached blocks hold in their second word, else what libc's variable holds."""
+        if self.layout.generation.tcache_key is not TcacheKey.RANDOM_WORD or not caches:
+            return NO_WORD
+        words: list[UInt64s] = [np.zeros(0, np.uint64)]
+        nodes = np.concatenate([cache.state.entries for cache in caches])
+        for _ in range(KEY_STEPS):
+            nodes = nodes[nodes != 0]
+            links, saved = words_at(self.memory, nodes)
+            key, key_saved = words_at(self.memory, nodes + np.uint64(self.geometry.word_bytes))
+            words.append(key[saved & key_saved])
+            nodes = np.unique(links[saved] ^ (nodes[saved] >> np.uint64(12)))
+        values, counts = np.unique(np.concatenate(words), return_counts=True)
+        if len(values):
+            most = int(counts.argmax())
+            if counts[most] >= KEY_SAMPLES and 2 * counts[most] > counts.sum() and values[most]:
+                return int(values[most])
+        stored = self.judge.word_at(key_place) if key_place is not None else None
+        return stored or NO_WORD
 
     def _tcaches_count_from_one_less(self, caches: list[Cache]) -> bool:
         """Which of a generation's two numberings of large tcache bins more of the first blocks in them fit."""
@@ -199,7 +278,14 @@ class Overlay:
             fits[counted_so] = int(((low[number] <= sizes) & (sizes <= high[number])).sum())
         return fits[True] > fits[False]
 
-    def _follow(self, columns: ListColumns, kind: ListKind, safe_linking: bool) -> None:
+    def _follow(
+        self,
+        columns: ListColumns,
+        kind: ListKind,
+        safe_linking: bool,
+        keys: UInt64s | None = None,
+        size_links_from: int = 0,
+    ) -> None:
         if not columns.heads:
             return
         outcome = overlay_free_lists(
@@ -214,6 +300,9 @@ class Overlay:
             kind,
             safe_linking,
             self.geometry,
+            ANOMALIES_KEPT,
+            keys,
+            size_links_from,
         )
         self._record(columns, outcome)
 
@@ -230,13 +319,17 @@ class Overlay:
                     columns.high[row],
                     int(outcome.count[row]),
                     int(outcome.byte_count[row]),
-                    columns.expected[row] if columns.expected[row] >= 0 else None,
+                    columns.expected[row] if 0 <= columns.expected[row] < NO_COUNT else None,
                     "" if error is ListError.NONE else error.name.lower(),
                     int(outcome.error_address[row]) if error is not ListError.NONE else None,
                 )
             )
         self.anomaly_count += outcome.error_total
-        for row, code, address, holder, _position in outcome.errors.tolist():
+        self.open_lists += [
+            (columns.origin[row][0], ChunkState(columns.state[row]), columns.origin[row][2])
+            for row in np.flatnonzero(~outcome.closed).tolist()
+        ]
+        for row, code, address, holder, position, place, wanted in outcome.errors.tolist():
             error = ListError(code)
             expected, observed = LIST_ERROR_TEXTS[error]
             arena, _cache, number = columns.origin[row]
@@ -252,16 +345,104 @@ class Overlay:
                     )
                 )
                 continue
+            if len(self.anomalies) >= ANOMALIES_KEPT:
+                continue
+            if error is ListError.NOT_A_CHUNK_START and len(self.hidden_starts) < MOST_HIDDEN:
+                self._note_hidden(address, ChunkState(columns.state[row]))
             source = f", pointer at {format_address(holder)}" if holder else ""
+            code_name = f"list_{error.name.lower()}"
+            is_bin = columns.sentinel[row] != 0
+            if is_bin and holder == 0 and columns.heads[row] in (0, columns.sentinel[row]) and place == 0:
+                code_name, expected = "bin_head_damaged", "fd and bk of its own address, or of chunks"
+                address, observed = columns.sentinel[row], f"fd {format_address(columns.heads[row])}"
+            anomaly = Anomaly(code_name, address, f"{where}: {expected}", f"{observed}{source}", arena)
+            anomaly = self._with_words(anomaly, error, columns, outcome, row, position, place, wanted)
+            # A link that no release ever stores is there at no moment.
+            never = error in LINK_ERRORS and not self._is_own_place(anomaly, error, address)
             self.anomalies.append(
-                Anomaly(
-                    f"list_{error.name.lower()}",
-                    address,
-                    f"{where}: {expected}",
-                    f"{observed}{source}",
-                    arena,
+                self.judge.judged(
+                    anomaly,
+                    ChunkState(columns.state[row]).label,
+                    columns.threads[row],
+                    Moment.NEVER if never else None,
                 )
             )
+
+    def _with_words(
+        self,
+        anomaly: Anomaly,
+        error: ListError,
+        columns: ListColumns,
+        outcome: OverlayOutcome,
+        row: int,
+        position: int,
+        place: int,
+        wanted: int,
+    ) -> Anomaly:
+        """The anomaly with the word that is wrong: a link, a head, a key, a size word's flag, or a count."""
+        if error is ListError.COUNT_MISMATCH:
+            return replace(
+                anomaly,
+                word_address=columns.count_places[row],
+                observed_word=self._recorded(columns, row),
+                expected_word=self._as_recorded(int(outcome.count[row])),
+            )
+        header = anomaly.address if self.index.chunk_starting_at(anomaly.address) >= 0 else None
+        if error in (ListError.MISALIGNED, ListError.NOT_A_CHUNK_START):
+            header = None
+        if place == NO_WORD:
+            return replace(anomaly, header_address=header)
+        stored = self.judge.word_at(place or columns.head_places[row])
+        expected: int | None = wanted if wanted != NO_WORD else None
+        if error in (ListError.LOOKS_IN_USE, ListError.LOOKS_FREE) and stored is not None:
+            expected = stored ^ PREV_INUSE
+        counted = columns.expected[row]
+        if expected is None and counted == position and error in END_ERRORS:
+            # malloc's count says that the list ended here: a null link, which safe linking stores as the word's own place.
+            safe = self.layout.generation.safe_linking and place
+            expected = place >> SAFE_LINKING_SHIFT if safe else 0
+        return replace(
+            anomaly,
+            word_address=place or columns.head_places[row],
+            observed_word=stored,
+            expected_word=expected,
+            header_address=header,
+        )
+
+    def _recorded(self, columns: ListColumns, row: int) -> int | None:
+        """The count of a list as the tcache holds it."""
+        field = self.layout.tcache.fields["counts"] if self.layout.tcache is not None else None
+        if field is None:
+            return None
+        try:
+            return int.from_bytes(self.memory.read(columns.count_places[row], field.element_bytes), "little")
+        except MemoryFault:
+            return None
+
+    def _as_recorded(self, count: int) -> int | None:
+        """How the tcache would hold a count: as it is, or as the slots that are left (2.42+)."""
+        if not self.layout.generation.tcache_counts_free_slots:
+            return count
+        return None if self._slots is None or count > self._slots else self._slots - count
+
+    def _is_own_place(self, anomaly: Anomaly, error: ListError, address: int) -> bool:
+        """Whether a link leads into heap memory, malloc's own lists or nowhere, as all that malloc stores do."""
+        pointer = address if error in (ListError.MISALIGNED, ListError.NOT_A_CHUNK_START) else anomaly.observed_word
+        if pointer is None or pointer == 0:
+            return True
+        if self.index.region_containing(pointer) >= 0:
+            return pointer % self.geometry.alignment in (self.geometry.granule_phase, 0)
+        return any(start <= pointer < end for start, end in self._own)
+
+    def _note_hidden(self, pointer: int, kind: ChunkState) -> None:
+        """Remember a pointer of a list that leads inside of a live chunk: that chunk's size may be wrong."""
+        header = pointer - (self.geometry.header_bytes if kind is ChunkState.TCACHE else 0)
+        chunk = self.index.chunk_containing(header) if header >= 0 else -1
+        if 0 <= chunk < self.index.region_chunks and self.index.state[chunk] in (
+            ChunkState.IN_USE,
+            ChunkState.FREE_UNLISTED,
+        ):
+            self.hidden_starts.append(header)
 
     def _leads_to_unknown_memory(self, error: ListError, address: int) -> bool:
         """Whether an error only says that the list's next chunk is where the core holds nothing that could be walked."""
@@ -269,7 +450,10 @@ class Overlay:
             return True
         return error is ListError.NOT_A_CHUNK_START and (
             any(address in part for part in self.left_out)
-            or not self.memory.is_saved(address, address + self.geometry.word_bytes)
+            or (
+                self.memory.region_index(address) is not None
+                and not self.memory.is_saved(address, address + self.geometry.word_bytes)
+            )
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from coreheap.allocators.glibc.locate import ArenaRing, Sighting, mapped_writable
+from coreheap.allocators.glibc.locate import ArenaRing, Sighting, mapped_writable, mapping_start
 from coreheap.allocators.glibc.records import Layout, read_arena, read_parameters
 from coreheap.corefile import AddressSpace, Core
 from coreheap.errors import MemoryFault
@@ -58,16 +58,17 @@ def _parameter_scores(core: Core, layout: Layout, ring: ArenaRing, first: int, l
     """
     memory, fields = core.memory, layout.parameters
     word = layout.word_class.word_bytes
-    top_end = start_of_brk = None
+    starts_of_brk: list[int] = []
     if ring.main is not None:
         try:
             state = read_arena(memory, ring.main, layout)
             size_word = memory.read_word(state.top + word) if state.top else 0
             top_end = state.top + (size_word & ~7)
             if state.is_contiguous:
-                start_of_brk = top_end - state.system_mem
+                # A damaged top or system_mem says nothing of where the break began; the mapping that top lies in still does.
+                starts_of_brk = [top_end - state.system_mem, mapping_start(memory, state.top)]
         except MemoryFault:
-            start_of_brk = None
+            starts_of_brk = []
     best: tuple[int, float] | None = None
     for run_start, run_end in memory.saved_runs_within(max(first, 0), last - 1 + fields.byte_count):
         begin = run_start + -run_start % word
@@ -75,7 +76,7 @@ def _parameter_scores(core: Core, layout: Layout, ring: ArenaRing, first: int, l
         if count <= 0:
             continue
         raw = memory.view(begin, run_end)
-        score, places = _score_places(core, layout, raw, count, begin, start_of_brk)
+        score, places = _score_places(core, layout, raw, count, begin, starts_of_brk)
         place = int(score.argmax())
         if best is None or float(score[place]) > best[1]:
             best = (int(places[place]), float(score[place]))
@@ -88,7 +89,7 @@ def _score_places(
     raw: npt.NDArray[np.uint8],
     count: int,
     begin: int,
-    start_of_brk: int | None,
+    starts_of_brk: list[int],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     fields, word = layout.parameters, layout.word_class.word_bytes
 
@@ -119,8 +120,10 @@ def _score_places(
         (1, values("mmap_threshold") <= heap_max),
         (1, (values("trim_threshold") >= page) & (values("top_pad") <= heap_max)),
     ]
-    if start_of_brk is not None:
-        checks.append((4, sbrk_base == np.uint64(start_of_brk & (2**64 - 1))))
+    if starts_of_brk:
+        expected = np.array([start & (2**64 - 1) for start in starts_of_brk], np.uint64)
+        checks.append((3, np.isin(sbrk_base, expected)))
+        checks.append((1, sbrk_base == expected[0]))
     else:
         # Set at the arena's first growth, by brk or by mmap.
         checks.append((2, mapped_writable(core.memory, sbrk_base)))

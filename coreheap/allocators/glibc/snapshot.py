@@ -9,10 +9,14 @@ from coreheap.allocators.glibc.arenas import ArenaSurvey, survey_arenas
 from coreheap.allocators.glibc.assembly import Assembly, chunk_table
 from coreheap.allocators.glibc.caches import CacheSearch
 from coreheap.allocators.glibc.copies import Copies, identify_copies
+from coreheap.allocators.glibc.integrity import Integrity
+from coreheap.allocators.glibc.judgement import Judge
 from coreheap.allocators.glibc.mmapped import find_mmapped
 from coreheap.allocators.glibc.overlay import Overlay, mark_own
+from coreheap.allocators.glibc.recovery import ListedChunks, listed_chunks
 from coreheap.allocators.glibc.stretches import stretches_of
-from coreheap.allocators.glibc.tcache import Cache, caches_of_threads
+from coreheap.allocators.glibc.tcache import Cache, caches_of_threads, slots_of_empty_lists
+from coreheap.allocators.glibc.tops import with_true_tops
 from coreheap.allocators.glibc.walk import HeapWalk, HeapWalker
 from coreheap.allocators.protocol import Progress
 from coreheap.corefile import Core
@@ -34,39 +38,52 @@ class GlibcAllocator:
         found = copies.found
         # The layouts of all copies are alike in everything that chunks show.
         layout = found[0].layout
-        survey = survey_arenas(core, found)
+        survey = with_true_tops(core, layout, survey_arenas(core, found))
         memory = stretches_of(core, layout, survey.arenas, lambda copy: _cached_heads(core, copies, copy))
-        walker = HeapWalker(core, layout, list(memory.stretches))
-        for number, stretch in enumerate(memory.stretches):
-            progress("walking heaps", number, len(memory.stretches))
-            walker.walk(stretch)
-        for part in memory.foreign:
-            walker.leave_out(part.arena, part.start, part.end, "foreign_sbrk")
         progress("finding mmapped chunks", 0, None)
         excluded = [(stretch.start, stretch.end) for stretch in memory.stretches]
         excluded += [
             (heap.address, heap.address + arena.heap_max) for arena in survey.arenas for heap in arena.sub_heaps
         ]
         mmapped = find_mmapped(core, layout, excluded, _of_all(copies, "n_mmaps"), _of_all(copies, "mmapped_mem"))
-        walk = walker.finish(mmapped.chunks)
-        overlay = Overlay(core, layout, walk)
-        progress("following free lists", 0, None)
-        overlay.bins(survey.arenas)
-        overlay.fastbins(survey.arenas)
-        copy_of_arena = {arena.index: arena.copy for arena in survey.arenas}
-        search = CacheSearch(core, found, chunk_table(layout, walk, ()), copy_of_arena, excluded)
-        caches: list[list[Cache]] = []
-        own_chunks: list[int] = []
-        for copy, identification in enumerate(found):
-            of_copy = search.find(copy)
-            own_chunks += mark_own(walk.index, layout, of_copy)
-            parameters = identification.parameters
-            count = parameters.values.get("tcache_count") if parameters is not None else None
-            overlay.tcaches(of_copy, count, first_number=sum(map(len, caches)))
-            caches.append(of_copy)
+        hidden: tuple[int, ...] = ()
+        while True:
+            walker = HeapWalker(core, layout, list(memory.stretches), lambda: _listed(core, copies, survey), hidden)
+            for number, stretch in enumerate(memory.stretches):
+                progress("walking heaps", number, len(memory.stretches))
+                walker.walk(stretch)
+            for part in memory.foreign:
+                walker.leave_out(part.arena, part.start, part.end, "foreign_sbrk")
+            walk = walker.finish(mmapped.chunks)
+            judge = Judge(core, found, survey.arenas)
+            overlay = Overlay(core, layout, walk, judge)
+            progress("following free lists", 0, None)
+            overlay.bins(survey.arenas)
+            overlay.fastbins(survey.arenas)
+            copy_of_arena = {arena.index: arena.copy for arena in survey.arenas}
+            search = CacheSearch(core, found, chunk_table(layout, walk, ()), copy_of_arena, excluded)
+            caches: list[list[Cache]] = []
+            own_chunks: list[int] = []
+            for copy, identification in enumerate(found):
+                of_copy = search.find(copy)
+                own_chunks += mark_own(walk.index, layout, of_copy)
+                parameters = identification.parameters
+                count = parameters.values.get("tcache_count") if parameters is not None else None
+                count = slots_of_empty_lists(layout, of_copy, count)
+                module = core.module_at(identification.ring.main) if identification.ring.main is not None else None
+                key_place = module.symbol_address("tcache_key") if module is not None else None
+                overlay.tcaches(of_copy, count, sum(map(len, caches)), key_place)
+                caches.append(of_copy)
+            if hidden or not overlay.hidden_starts:
+                break
+            # A damaged size leads over chunks to a real boundary: only lists show that. Once more, with what they say.
+            hidden = tuple(overlay.hidden_starts)
         _mark_unlisted_top(survey, walk)
+        progress("checking malloc's structures", 0, None)
+        integrity = Integrity(core, layout, survey, walk, overlay, judge)
+        integrity.check(found, caches, chunk_table(layout, walk, ()))
         progress("adding up", 0, None)
-        assembly = Assembly(core, copies, survey, walk, overlay, caches, own_chunks)
+        assembly = Assembly(core, copies, survey, walk, overlay, caches, own_chunks, judge, integrity)
         return assembly.snapshot(mmapped, [*memory.gaps, *search.gaps])
 
 
@@ -74,6 +91,17 @@ def _of_all(copies: Copies, name: str) -> int | None:
     """The sum of a counter in mp_ over all copies; None where one of them was not found."""
     known = [copy.parameters.values[name] for copy in copies.found if copy.parameters is not None]
     return sum(known) if len(known) == len(copies.found) else None
+
+
+def _listed(core: Core, copies: Copies, survey: ArenaSurvey) -> ListedChunks:
+    """What the free lists of all copies lead to."""
+    caches = [
+        cache
+        for found in copies.found
+        if found.layout.tcache is not None
+        for cache in caches_of_threads(core, found.layout, found.thread_words.tcache)
+    ]
+    return listed_chunks(core, copies.found[0].layout, survey.arenas, caches)
 
 
 def _cached_heads(core: Core, copies: Copies, copy: int) -> npt.NDArray[np.uint64]:

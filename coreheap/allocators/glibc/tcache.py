@@ -103,6 +103,20 @@ def mapped_read_only(memory: AddressSpace, addresses: UInt64s) -> Bools:
     return mapped
 
 
+def slots_of_empty_lists(layout: Layout, caches: list[Cache], tcache_count: int | None) -> int | None:
+    """How many slots each list of a copy's tcaches has (2.42+): what most empty lists say, else mp_.tcache_count.
+
+    The setting is read when a structure is made; so where most lists contradict mp_, it is mp_ that was changed.
+    """
+    if not layout.generation.tcache_counts_free_slots or not caches:
+        return tcache_count
+    empty = np.concatenate([cache.state.counts[cache.state.entries == 0] for cache in caches])
+    values, numbers = np.unique(empty, return_counts=True)
+    if len(values) and 2 * int(numbers.max()) > len(empty):
+        return int(values[numbers.argmax()])
+    return tcache_count
+
+
 def counts_agree(layout: Layout, state: TcacheState) -> bool:
     """Whether the counts of a tcache structure go with its list heads.
 

@@ -13,8 +13,22 @@ import numpy.typing as npt
 
 from coreheap.allocators.glibc.locate import joined
 from coreheap.allocators.glibc.records import Layout
+from coreheap.allocators.glibc.recovery import (
+    FLAGS,
+    NON_MAIN_ARENA,
+    PREV_INUSE,
+    RECOVERIES,
+    SUSPECTS,
+    Boundary,
+    Listed,
+    ListedChunks,
+    PayloadPointers,
+    Recovery,
+    no_listed_chunks,
+)
 from coreheap.allocators.glibc.stretches import Stretch
 from coreheap.corefile import AddressSpace, Core
+from coreheap.errors import MemoryFault
 from coreheap.evidence import Anomaly
 from coreheap.heap import RegionKind, UnattributedRange
 from coreheap.kernels import (
@@ -80,7 +94,18 @@ class HeapWalk:
 class HeapWalker:
     """Walks stretches in the order of their addresses. One use: ``walk`` all, then ``finish``."""
 
-    def __init__(self, core: Core, layout: Layout, stretches: list[Stretch]) -> None:
+    def __init__(
+        self,
+        core: Core,
+        layout: Layout,
+        stretches: list[Stretch],
+        listed: Listed = no_listed_chunks,
+        hidden: tuple[int, ...] = (),
+    ) -> None:
+        """``listed`` is asked only where something is damaged: what free lists lead to. ``hidden``: header
+        addresses on lists that an earlier walk found inside of other chunks.
+        """
+        self.hidden = hidden
         self.memory: AddressSpace = core.memory
         self.layout = layout
         self.geometry = layout.geometry
@@ -96,6 +121,11 @@ class HeapWalker:
         self.unattributed: dict[int, list[UnattributedRange]] = {}
         self.anomalies: list[Anomaly] = []
         self.anomaly_count = 0
+        self._listed = listed
+        self._listed_chunks: ListedChunks | None = None
+        self._pointers = PayloadPointers(core, self.geometry, saved)
+        self._recoveries = RECOVERIES
+        self._states: list[tuple[int, ChunkState]] = []
         self._reached = 0
         self._anomaly_rows = np.zeros((ANOMALIES_KEPT, 2), np.int64)
 
@@ -188,6 +218,16 @@ class HeapWalker:
         region_bytes = len(view) + missing
         top_offset = stretch.top - start if stretch.is_top_heap else -1
         self.builder.open_region(start, region_bytes)
+        recovery = Recovery(
+            view,
+            start,
+            self.geometry,
+            top_offset,
+            region_bytes,
+            self._pointers,
+            lambda: self._all_listed,
+            stretch.kind is RegionKind.ARENA_HEAP,
+        )
         offset, proven = 0, True
         while True:
             outcome = walk_region(
@@ -202,7 +242,8 @@ class HeapWalker:
                 region_bytes=region_bytes,
             )
             self.builder.take_over(outcome)
-            self._note_anomalies(stretch, start, outcome.anomaly_count)
+            rows = self._anomaly_rows[: min(outcome.anomaly_count, ANOMALIES_KEPT)].copy()
+            walked_from = offset
             offset, reason = outcome.end_offset, outcome.stop_reason
             if reason is StopReason.BROKEN and self._is_top_by_size(stretch, start + offset, region_bytes - offset):
                 self.builder.mark(offset, region_bytes, ChunkState.TOP)
@@ -211,27 +252,25 @@ class HeapWalker:
             if reason is StopReason.FENCEPOSTS_HEAP and not at_end:
                 # The end marker of a retired sub-heap can only be at its end: here it is a damaged size.
                 reason = StopReason.BROKEN
-            if reason is not StopReason.BROKEN:
+            boundary = self._hidden_damage(recovery, rows, walked_from, offset)
+            if boundary is None and reason is StopReason.BROKEN:
+                boundary = self._behind_break(recovery, offset)
+            elif boundary is None:
+                self._note_anomalies(stretch, recovery, rows, outcome.anomaly_count)
                 break
-            found = resynchronise(view, self.geometry, offset, top_offset, region_bytes=region_bytes)
-            damaged_end = found if found >= 0 else len(view) - len(view) % self.geometry.alignment
-            self._note(
-                Anomaly(
-                    "broken_chunk",
-                    start + offset,
-                    "the size of a chunk",
-                    self._size_word(start + offset),
-                    stretch.arena,
-                )
-            )
-            if damaged_end <= offset:
+            if boundary is None:
+                self._note_anomalies(stretch, recovery, rows, outcome.anomaly_count)
+                self._note_broken(stretch, recovery, offset, None)
+                damaged_end = len(view) - len(view) % self.geometry.alignment
                 proven = False
+                if damaged_end > offset:
+                    self.builder.mark(offset, damaged_end, ChunkState.DAMAGED)
+                    offset = damaged_end
                 break
-            self.builder.mark(offset, damaged_end, ChunkState.DAMAGED)
-            offset = damaged_end
-            if found < 0:
-                proven = False
-                break
+            # What was found behind the damaged header was read at wrong places.
+            rows = rows[rows[:, 1] < boundary.damaged_offset]
+            self._note_anomalies(stretch, recovery, rows, len(rows))
+            offset = self._step_over(stretch, recovery, boundary)
         end = start + offset
         proven = proven and reason is not StopReason.CUT
         expected_top = stretch.is_top_heap and top_offset >= 0
@@ -240,6 +279,110 @@ class HeapWalker:
         if self.builder.close_region():
             self.regions.append(WalkedRegion(stretch, start, end, proven, reason))
         return end, reason
+
+    @property
+    def _all_listed(self) -> ListedChunks:
+        if self._listed_chunks is None:
+            self._listed_chunks = self._listed()
+        return self._listed_chunks
+
+    def _behind_break(self, recovery: Recovery, broken: int) -> Boundary | None:
+        """Where the walk goes on that broke at an offset; None where nothing behind it is proven."""
+        if self._recoveries > 0:
+            self._recoveries -= 1
+            return recovery.behind_break(broken, self.builder.starts_before(broken, SUSPECTS))
+        found = resynchronise(
+            recovery.view, self.geometry, broken, recovery.top_offset, region_bytes=recovery.region_bytes
+        )
+        return Boundary(broken, found, None, False, ()) if found >= 0 else None
+
+    def _hidden_damage(self, recovery: Recovery, rows: npt.NDArray[np.int64], first: int, end: int) -> Boundary | None:
+        """The first damaged header between two offsets that the walk followed to a real boundary: it hides chunks.
+
+        A prev_size that names another chunk before it tells so, where that chunk is there, and so does a chunk that is on
+        a free list.
+        """
+        for offset in sorted(header - recovery.start for header in self.hidden):
+            if not first < offset < end or offset % self.geometry.alignment or self._recoveries <= 0:
+                continue
+            before = self.builder.starts_before(offset + self.geometry.alignment, 1)
+            if not before or before[0] in (offset, recovery.top_offset):
+                continue
+            self._recoveries -= 1
+            behind = before[0] + (recovery.word(before[0] + self.geometry.word_bytes) & ~FLAGS)
+            found = recovery.swallowed(before[0], behind, offset) if offset < behind <= recovery.region_bytes else None
+            if found is not None:
+                return found
+        for code, offset in rows.tolist():
+            if code != WalkAnomaly.PREV_SIZE_MISMATCH or self._recoveries <= 0 or not first <= offset < end:
+                continue
+            self._recoveries -= 1
+            behind = offset + (recovery.word(offset + self.geometry.word_bytes) & ~FLAGS)
+            inner = behind - recovery.word(behind)
+            if not offset < inner < behind or inner % self.geometry.alignment:
+                continue
+            found = recovery.swallowed(offset, behind, inner)
+            if found is not None:
+                return found
+        return None
+
+    def _step_over(self, stretch: Stretch, recovery: Recovery, boundary: Boundary) -> int:
+        """Make the damaged header one chunk up to the proven boundary; returns that boundary's offset."""
+        damaged, behind = boundary.damaged_offset, boundary.next_offset
+        self.builder.rewind(damaged)
+        state = ChunkState.DAMAGED
+        if boundary.size_is_repaired:
+            in_use = recovery.word(behind + self.geometry.word_bytes) & PREV_INUSE
+            state = ChunkState.IN_USE if in_use else ChunkState.FREE_UNLISTED
+        self.builder.mark(damaged, behind, state)
+        self._note_broken(stretch, recovery, damaged, boundary)
+        return behind
+
+    def _note_broken(self, stretch: Stretch, recovery: Recovery, offset: int, boundary: Boundary | None) -> None:
+        """The anomaly of a damaged size word, with the one that would be right where that is known."""
+        expected: int | None = None
+        header, place = recovery.start + offset, recovery.start + offset + self.geometry.word_bytes
+        saved = self.memory.is_saved(place, place + self.geometry.word_bytes)
+        said = "the size of a chunk"
+        if boundary is not None and boundary.expected_size is not None:
+            is_free = not recovery.word(boundary.next_offset + self.geometry.word_bytes) & PREV_INUSE
+            expected = boundary.expected_size
+            expected |= NON_MAIN_ARENA if recovery.non_main and not is_free else 0
+            expected |= PREV_INUSE if is_free or not self._free_before(recovery, offset) else 0
+            said = f"the size of a chunk, {boundary.expected_size:#x}: {'; '.join(boundary.reasons)}"
+        self._note(
+            Anomaly(
+                "broken_chunk",
+                header,
+                said,
+                self._size_word(header),
+                stretch.arena,
+                word_address=place if saved else None,
+                observed_word=self.memory.read_word(place) if saved else None,
+                expected_word=expected,
+                header_address=header,
+            )
+        )
+
+    def _free_before(self, recovery: Recovery, offset: int) -> bool:
+        """Whether the chunk before a damaged header is in a bin: its size behind it, and neighbours that lead back."""
+        before = self.builder.starts_before(offset, 1)
+        if not before or recovery.word(offset) != offset - before[0]:
+            return False
+        return self._is_linked(recovery.start + before[0])
+
+    def _is_linked(self, header: int) -> bool:
+        """Whether the words of a chunk where fd and bk would be lead to places that lead back to it."""
+        word = self.geometry.word_bytes
+        try:
+            fd, bk = (self.memory.read_word(header + number * word) for number in (2, 3))
+        except MemoryFault:
+            return False
+        back = []
+        for place in (fd + 3 * word, bk + 2 * word):
+            saved = self.memory.is_saved(place, place + word)
+            back.append(saved and self.memory.read_word(place) == header)
+        return any(back)
 
     def _is_top_by_size(self, stretch: Stretch, header: int, rest: int) -> bool:
         """Whether a header that no ordinary chunk can have is that of an unknown top: it reaches to the very end.
@@ -262,17 +405,36 @@ class HeapWalker:
         if len(self.anomalies) < ANOMALIES_KEPT:
             self.anomalies.append(anomaly)
 
-    def _note_anomalies(self, stretch: Stretch, start: int, count: int) -> None:
-        for code, offset in self._anomaly_rows[: min(count, ANOMALIES_KEPT)].tolist():
+    def _note_anomalies(self, stretch: Stretch, recovery: Recovery, rows: npt.NDArray[np.int64], count: int) -> None:
+        """Record what a walk stepped over; ``count`` may be more than there are rows."""
+        for code, offset in rows.tolist():
             anomaly = WalkAnomaly(code)
             expected, observed = ANOMALY_TEXTS[anomaly]
-            self._note(Anomaly(anomaly.name.lower(), start + offset, expected, observed, stretch.arena))
-        self.anomaly_count += max(0, count - ANOMALIES_KEPT)
+            header = recovery.start + offset
+            if anomaly is WalkAnomaly.PREV_SIZE_MISMATCH and not self._is_linked(header):
+                # In no bin, and nothing behind it says that it is free but one bit: that bit is wrong.
+                self._states.append((header, ChunkState.IN_USE))
+            self._note(
+                Anomaly(
+                    anomaly.name.lower(),
+                    header,
+                    expected,
+                    observed,
+                    stretch.arena,
+                    header_address=header,
+                )
+            )
+        self.anomaly_count += max(0, count - len(rows))
 
     def finish(self, mmapped: MmappedChunks) -> HeapWalk:
         """The index over everything walked, and ``mmapped`` beside it."""
+        index = self.builder.finish(mmapped)
+        for header, state in self._states:
+            chunk = index.chunk_starting_at(header)
+            if chunk >= 0 and index.state[chunk] == ChunkState.FREE_UNLISTED:
+                index.state[chunk] = state
         return HeapWalk(
-            self.builder.finish(mmapped),
+            index,
             self.regions,
             self.unattributed,
             self.anomalies,

@@ -235,6 +235,7 @@ ADDRESSES = {
 }
 LIBC_TEXT_BYTES = 0x2000
 LIBC_DATA_BYTES = 0x2000
+LIBC_BSS_BYTES = 0x2000
 TLS_BLOCK_BYTES = 0x80
 STACK_BYTES = 0x4000
 MAPPED_BYTES = 0x22000
@@ -409,9 +410,9 @@ class _Assembly:
         )
 
     def _program_and_libc(self) -> None:
-        for start, text_bytes, data_bytes, path, tag in (
-            (self.places.program, PAGE, PAGE, "/opt/built/program", 0x21),
-            (self.places.libc, LIBC_TEXT_BYTES, LIBC_DATA_BYTES, "/opt/built/lib/libc.so.6", 0x22),
+        for start, text_bytes, data_bytes, bss_bytes, path, tag in (
+            (self.places.program, PAGE, PAGE, 0, "/opt/built/program", 0x21),
+            (self.places.libc, LIBC_TEXT_BYTES, LIBC_DATA_BYTES, LIBC_BSS_BYTES, "/opt/built/lib/libc.so.6", 0x22),
         ):
             image = elf_image(
                 elf_class=8 * self.machine.word_bytes,
@@ -419,6 +420,7 @@ class _Assembly:
                 build_id=bytes([tag]) * 20,
                 total_bytes=text_bytes + data_bytes,
                 data_bytes=data_bytes,
+                bss_bytes=bss_bytes,
             )
             self.memory.add(start, PAGE)[:] = image[:PAGE]
             self.flags[start] = "r-x"
@@ -428,7 +430,7 @@ class _Assembly:
             self.memory.add(data, data_bytes)
             self.files.append((start, data, 0, path))
             self.files.append((data, data + data_bytes, text_bytes, path))
-        self.memory.add(self.places.libc + LIBC_TEXT_BYTES + LIBC_DATA_BYTES, 0x2000)
+        self.memory.add(self.places.libc + LIBC_TEXT_BYTES + LIBC_DATA_BYTES, LIBC_BSS_BYTES)
         self.memory.add(self.places.main_stack, STACK_BYTES)
 
     def _plan(self, room: int, *, with_cache: bool, ends_at_top: bool) -> list[tuple[int, str]]:

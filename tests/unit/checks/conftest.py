@@ -23,6 +23,6 @@ def case_of(tmp_path: Path) -> Iterator[CaseOf]:
         def make(process: BuiltProcess, left_out: Collection[int] = (), *, sysroot: Path | None = None) -> Case:
             core = stack.enter_context(coreheap.open(process.write(tmp_path, left_out), sysroot=sysroot))
             report = coreheap.analyze(core)
-            return Case(core, report.heap, report.ledger, report.gaps, mappings=report.mappings)
+            return Case(core, report.heap, report.ledger, report.gaps, mappings=report.mappings, crash=report.crash)
 
         yield make

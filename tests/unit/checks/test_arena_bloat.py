@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from coreheap.checks.arena_bloat import findings
 from coreheap.evidence import Confidence
 from coreheap.report import Severity
@@ -27,12 +29,17 @@ def test_many_arenas_that_hold_little_are_bloat(case_of: CaseOf) -> None:
     assert finding.quantity("arenas_without_thread") == 0
 
 
-def test_a_gibibyte_reserved_is_a_warning(case_of: CaseOf) -> None:
-    case = case_of(build_process(release("2.36")))
-    for count, severity in ((15, Severity.INFO), (16, Severity.WARNING)):
+@pytest.mark.parametrize(("machine", "severity"), [("x86_64", Severity.INFO), ("i386", Severity.WARNING)])
+def test_address_space_alone_is_a_warning_only_where_it_is_short(
+    case_of: CaseOf, machine: str, severity: Severity
+) -> None:
+    case = case_of(build_process(release("2.36", machine)))
+    for count, expected in ((15, Severity.INFO), (16, severity)):
         arenas = [arena_of(number, in_use=20 * KIB, top=KIB) for number in range(1, count + 1)]
         (finding,) = findings(with_arenas(case, *arenas))
-        assert finding.severity is severity
+        assert finding.severity is expected
+    advice = " ".join(finding.next_steps)
+    assert ("nothing has to be done" in advice) == (severity is Severity.INFO)
 
 
 def test_free_memory_alone_is_bloat_though_the_reservation_is_used(case_of: CaseOf) -> None:

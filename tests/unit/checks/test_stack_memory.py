@@ -137,11 +137,22 @@ def test_a_fault_in_a_guard(case_of: CaseOf) -> None:
         case = case_of(build_process(release("2.36")))
         process = dataclasses.replace(case.core.process, signal=11, fault_address=FIRST_STACK - distance)
         vars(case.core)["process"] = process
-        result = found(case, thread(0))
+        # At its stack's end, but that alone is said of a stack that is not deep.
+        result = found(case, dataclasses.replace(thread(0), stack_pointer=FIRST_STACK + 64))
         assert bool(result) is fires
         if fires:
             assert result[0].quantity("overflowed_thread") == 0
             assert result[0].severity is Severity.WARNING
+        # A stray write into the guard of another thread, or by one that is nowhere near its end
+        assert found(case, thread(0)) == ()
+        assert found(case, thread(1, used=64), dataclasses.replace(thread(2), index=0)) == ()
+
+
+def test_depth_in_a_mapping_of_anyones_is_no_depth(case: Case) -> None:
+    """A stack pointer in the middle of a large mapping: coroutines, Go."""
+    assert found(case, thread(0), thread(1, used=5 * MIB, source="mapping")) == ()
+    (finding,) = found(case, thread(0), thread(1, used=5 * MIB))
+    assert finding.quantity("deepest_thread") == 1
 
 
 def test_address_space_of_32_bit(case_of: CaseOf) -> None:

@@ -105,6 +105,10 @@ def test_exit_codes(
         ["arenas", "core", "--top", "0"],
         ["arenas", "core", "--top", "many"],
         ["arenas", "core", "--fail-on", "info"],
+        ["check", "core", "--csv"],
+        ["check", "core", "--top", "3"],
+        ["check", "core", "--retained"],
+        ["check", "core", "--fail-on", "none"],
         ["chunks", "core", "--state", "lost"],
         ["chunks", "core", "--min-bytes", "12 parsecs"],
         ["chunks", "core", "--arena", "-1"],
@@ -130,7 +134,7 @@ def test_a_file_without_a_command_gets_the_command(capsys: pytest.CaptureFixture
     assert f"next step: coreheap analyze {core}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "analyze", *TABLES, *REFERENCE_COMMANDS])
+@pytest.mark.parametrize("command", ["", "analyze", "check", *TABLES, *REFERENCE_COMMANDS])
 def test_help_teaches_by_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert main([*filter(None, [command]), "--help"]) == 0
     text = capsys.readouterr().out
@@ -176,7 +180,7 @@ def test_ctrl_c_is_one_line(answer: Answer, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr() == ("", "coreheap: interrupted\n")
 
 
-@pytest.mark.parametrize("sample", ["report", "small_report", "heapless_report", "damaged_report"])
+@pytest.mark.parametrize("sample", ["report", "small_report", "heapless_report", "damaged_report", "corrupt_report"])
 def test_json_documents_validate(answer: Answer, capsys: pytest.CaptureFixture[str], sample: str) -> None:
     answer(getattr(report_samples, sample)())
     main(["analyze", "core", "--json"])
@@ -396,3 +400,68 @@ assert not loaded, loaded
 def test_every_error_kind_has_its_exit_code(answer: Answer) -> None:
     answer(CoreheapError("of no special kind"))
     assert main(["analyze", "core"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("report", "options", "code"),
+    [
+        (report_samples.corrupt_report(), [], 0),
+        (report_samples.corrupt_report(), ["--fail-on", "error"], 1),
+        (report_samples.corrupt_report(), ["--fail-on", "error", "--strict"], 1),
+        (report_samples.corrupt_report(is_partial=True), ["--fail-on", "error", "--strict"], 4),
+        (report_samples.sound_report(), ["--fail-on", "info", "--strict"], 0),
+        (report_samples.report(), ["--fail-on", "info"], 0),
+        (report_samples.heapless_report(), ["--fail-on", "warning"], 1),
+        (report_samples.damaged_report(), ["--fail-on", "error"], 70),
+        (InputNotUsable("not a core", where="x", expected="ELF", found="text", next_step="look"), [], 3),
+    ],
+)
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_check_fails_on_findings_about_damage_alone(
+    answer: Answer,
+    capsys: pytest.CaptureFixture[str],
+    report: Report | BaseException,
+    options: list[str],
+    code: int,
+    form: list[str],
+) -> None:
+    answer(report)
+    assert main(["check", "core", *form, *options]) == code
+    written = capsys.readouterr()
+    assert "Traceback" not in written.err
+    if form and isinstance(report, Report):
+        document = json.loads(written.out)
+        Draft202012Validator(json.loads(schema_text(SchemaName.REPORT))).validate(document)
+        assert (1 if document["findings"] else 0) >= code or code > 1
+
+
+@pytest.mark.parametrize(("options", "leaks"), [([], False), (["--leaks"], True)])
+def test_check_looks_for_leaks_only_when_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], leaks: bool
+) -> None:
+    asked: list[coreheap.AnalysisOptions] = []
+
+    @contextmanager
+    def opened(path: str, **words: object) -> Iterator[str]:
+        yield path
+
+    def analyzed(core: str, options: coreheap.AnalysisOptions) -> Report:
+        asked.append(options)
+        return report_samples.sound_report()
+
+    monkeypatch.setattr(coreheap, "open", opened)
+    monkeypatch.setattr(coreheap, "analyze", analyzed)
+    assert main(["check", "core", *options]) == 0
+    assert "The heap is sound" in capsys.readouterr().out
+    assert [(option.leaks, option.residency, option.retained) for option in asked] == [(leaks, False, False)]
+
+
+def test_check_writes_to_a_file_and_says_of_partial_results_in_its_document(
+    answer: Answer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    answer(report_samples.report())
+    assert main(["check", "core", "-o", str(tmp_path / "page"), "-q"]) == 0
+    assert capsys.readouterr() == ("", "")
+    text = (tmp_path / "page").read_text(encoding="utf-8")
+    assert "Partial: memory is missing" in text
+    assert "\x1b" not in text

@@ -125,11 +125,31 @@ def test_the_magic_alone_is_no_core(tmp_path: Path, kind: str) -> None:
 @kinds
 def test_a_bomb_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "core"
-    path.write_bytes(PACKERS[kind](bytes(64 << 20)))
+    bomb = CoreBuilder().add_thread().add_segment(0x10000, b"x")
+    bomb.add_segment(0, None, 0, kind=4, file_bytes=1 << 40, file_offset=PAGE)
+    path.write_bytes(PACKERS[kind](bomb.build() + bytes(64 << 20)))
     with pytest.raises(InputNotUsable) as caught:
         open_core(path, unpacked_limit=16 << 20)
     assert "16.0 MiB" in caught.value.expected
     assert "unpack" in caught.value.next_step
+
+
+@kinds
+def test_little_is_unpacked_behind_the_core(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "core"
+    path.write_bytes(PACKERS[kind](built() + bytes(64 << 20)))
+    with open_core(path, unpacked_limit=16 << 20) as core:
+        assert core.coverage == 1.0
+        assert core.file_bytes < 16 << 20
+
+
+@kinds
+def test_what_is_no_core_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "core"
+    path.write_bytes(PACKERS[kind](bytes(64 << 20)))
+    with pytest.raises(InputNotUsable, match="not an ELF core") as caught:
+        open_core(path, unpacked_limit=16 << 20)
+    assert caught.value.next_step
 
 
 @kinds

@@ -14,17 +14,19 @@ from hypothesis import strategies as st
 
 from coreheap.accounting import Claims, account_for_memory
 from coreheap.accounting.ledger import Claimant
+from coreheap.accounting.mapping_table import labelled_pieces
 from coreheap.corefile import Core, open_core
 from coreheap.corefile.memory import AddressSpace
 from coreheap.corefile.residency import (
     BATCH_BYTES,
     JOINED_BYTES,
+    LARGEST_BLOCK_BYTES,
     ByteRuns,
     StoredPieces,
-    holes_are_the_kernels,
+    kernels_holes,
     pages_with_content,
-    stored_pieces,
 )
+from coreheap.evidence import Confidence, Strength
 from coreheap.mappings import MappingKind, ResidencyBasis
 from tests.conftest import skip_unless_ci
 from tests.core_builder import CoreBuilder
@@ -101,9 +103,9 @@ def test_more_than_a_batch_is_looked_at_whole() -> None:
 
 
 def builder(writer: str = "kernel") -> CoreBuilder:
-    """Anonymous memory of which pages 0, 3 and 6 hold something, a file, a reserve, and memory that was not saved."""
+    """Anonymous memory of which pages 0, 3 and 7 hold something, a file, a reserve, and memory that was not saved."""
     content = bytearray(8 * PAGE)
-    for page in (0, 3, 6):
+    for page in (0, 3, 7):
         content[page * PAGE + 5] = 1
     made = CoreBuilder()
     made.writer = writer
@@ -149,8 +151,8 @@ def resident(
 
 
 def test_the_kernels_holes_tell_every_page(tmp_path: Path) -> None:
-    with sparse_core(tmp_path, stored_zeros=(4,)) as core:
-        # Page 4 was there, and full of zeros. Of files nothing is known; the reserve was never written.
+    with sparse_core(tmp_path, stored_zeros=(5,)) as core:
+        # Page 5 was there, and full of zeros. Of files nothing is known; the reserve was never written.
         assert resident(core) == (
             ResidencyBasis.HOLES,
             {ANONYMOUS: (4, 4), FILE: (0, 4), RESERVE: (0, 0), UNTOUCHED: (0, 16)},
@@ -165,26 +167,58 @@ def test_a_copy_that_made_holes_of_zeros_gives_bounds(tmp_path: Path) -> None:
         assert (basis, pages[ANONYMOUS]) == (ResidencyBasis.ZERO_PAGES, (3, 8))
 
 
-def test_zeros_shorter_than_the_copys_blocks_prove_nothing(tmp_path: Path) -> None:
-    """A tool with blocks of two pages stores a single page of zeros, too."""
-    path = builder().write(tmp_path / "core", sparse=False)
-    with open_core(path) as core:
-        offset = int(core.memory.run_file_offset[0])
-    content = path.read_bytes()
-    path.unlink()
-    with path.open("wb") as file:
-        for low in range(offset % (2 * PAGE) - 2 * PAGE, len(content), 2 * PAGE):
-            block = content[max(low, 0) : low + 2 * PAGE]
-            if any(block) or low < offset:
-                os.pwrite(file.fileno(), block, max(low, 0))
-        file.truncate(len(content))
+@pytest.mark.parametrize("stored", [(1,), (4,), (6,), (1, 4), (4, 5, 6)])
+def test_zeros_beside_content_are_no_proof(stored: tuple[int, ...], tmp_path: Path) -> None:
+    """A tool with large blocks that keeps the original's holes stores such zeros, too; one with small blocks does not."""
+    with sparse_core(tmp_path, stored_zeros=stored) as core:
+        found = kernels_holes(core.memory)
+        assert found is not Strength.PROOF
+        basis, pages = resident(core)
+        low, high = pages[ANONYMOUS]
+        assert low <= 3 + len(stored) <= high
+        assert (found is None) == (high == 8)
+        assert (basis is ResidencyBasis.HOLES) == (low == high)
+        if found is not None:
+            assert labelled_pieces(core, Claims()).residency_confidence is Confidence.PLAUSIBLE
+
+
+def test_zeros_shorter_than_every_hole_say_nothing(tmp_path: Path) -> None:
+    """The shortest hole has two pages: a tool with blocks of that size stores a single page of zeros."""
+    made = CoreBuilder()
+    made.add_segment(ANONYMOUS, b"b" + bytes(4 * PAGE - 2) + b"b").add_segment(
+        1 << 30, b"c" + bytes(PAGE) + b"c"
+    ).add_thread()
+    path = made.write(tmp_path / "core", sparse=True)
     with opened(path) as core:
-        memory = core.memory
-        assert memory.shortest_hole == 2 * PAGE
-        where = stored_pieces(memory, words([ANONYMOUS]), words([ANONYMOUS + 8 * PAGE]))
-        assert int((where.end - where.start).sum()) > 3 * PAGE
-        assert not holes_are_the_kernels(memory, where)
-        assert resident(core)[1][ANONYMOUS] == (3, 8)
+        start, end = core.memory.data_extents
+        assert int((start[1:] - end[:-1]).min()) >= 2 * PAGE
+        assert kernels_holes(core.memory) is None
+
+
+@pytest.mark.parametrize(("blocks", "proves"), [(1, False), (3, True)])
+def test_zeros_that_hold_a_block_of_any_tool_prove_it(blocks: int, proves: bool, tmp_path: Path) -> None:
+    """Between two pages of content, stored as the kernel stores them; a hole is elsewhere."""
+    made = CoreBuilder()
+    content = b"a" * PAGE + bytes(blocks * LARGEST_BLOCK_BYTES) + b"z" * PAGE
+    made.add_segment(ANONYMOUS, b"b" + bytes(3 * PAGE - 2) + b"b").add_segment(1 << 30, content).add_thread()
+    path = made.write(tmp_path / "core", sparse=True)
+    with open_core(path) as core:
+        offset = int(core.memory.run_file_offset[-1])
+    with open(path, "r+b") as file:
+        os.pwrite(file.fileno(), content, offset)
+    with opened(path) as core:
+        assert (kernels_holes(core.memory) is Strength.PROOF) is proves
+
+
+def test_a_segment_that_begins_within_the_headers(tmp_path: Path) -> None:
+    """Pages then begin before the file does."""
+    made = CoreBuilder().add_segment(0x50800, b"", 4 * PAGE, file_offset=0x40, file_bytes=2 * PAGE)
+    made.add_file_mapping(FILE, FILE + PAGE, 0, "/usr/share/file").add_thread()
+    path = made.add_segment(ANONYMOUS, b"c" * 2 * PAGE).write(tmp_path / "core")
+    with open_core(path) as core:
+        table = account_for_memory(core, None).mappings
+    row = table.start.tolist().index(0x50800)
+    assert 0 < int(table.resident_low[row]) <= 2 * PAGE <= int(table.resident_high[row])
 
 
 @pytest.mark.parametrize("writer", ["kernel", "gdb"])

@@ -12,6 +12,7 @@ import coreheap
 from coreheap.accounting.claims import Claims
 from coreheap.accounting.stacks import stack_claims
 from coreheap.corefile.stacks import Stacks, StackSource, find_stacks, stack_residency
+from coreheap.corefile.thread_storage import thread_storage
 from coreheap.mappings import KINDS, MappingKind
 from tests.core_builder import CoreBuilder
 
@@ -238,3 +239,79 @@ def test_many_threads_take_no_time(tmp_path: Path) -> None:
         spent = time.process_time() - begin
     assert len(stacks.descriptors) == 4000
     assert spent < 3  # 0.3 s on the machine that this was written on; quadratic would be minutes
+
+
+def test_a_stack_at_the_top_of_the_address_space(tmp_path: Path) -> None:
+    """No block ends behind the last address."""
+    process = Process("x86_64", 1)
+    process.describe(0)
+    process.run(0, with_pointer=False)
+    top = (1 << 64) - (1 << 16)
+    process.builder.add_segment(top, bytes(1 << 16))
+    process.builder.add_thread(6000, stack_pointer=(1 << 64) - 0x800)
+    assert process.stacks(tmp_path).by_thread[1].source is StackSource.DESCRIPTOR
+
+
+def test_a_mapping_in_thousands_of_parts_takes_no_time(tmp_path: Path) -> None:
+    """8,000 files are said to be in one segment; each thread has its stack pointer between two of them."""
+    builder = CoreBuilder()
+    start, parts = 0x7F0000000000, 8000
+    builder.add_segment(start, b"x" * 64, 2 * parts * PAGE)
+    for number in range(parts):
+        builder.add_file_mapping(start + 2 * number * PAGE, start + (2 * number + 1) * PAGE, 0, "/f")
+    for number in range(2000):
+        builder.add_thread(5000 + number, stack_pointer=start + (8 * number + 1) * PAGE + 64)
+    with coreheap.open(builder.write(tmp_path / "core")) as core:
+        begin = time.process_time()
+        stacks = find_stacks(core)
+        spent = time.process_time() - begin
+    assert len(stacks.by_thread) == 2000
+    assert spent < 3  # 43 s where every thread went through all parts
+
+
+def test_threads_without_descriptors_share_the_search(tmp_path: Path) -> None:
+    """200 have one; 2,000 stack pointers lie in a mapping that has none, each on another page."""
+    process = Process("x86_64", 200)
+    for thread in range(200):
+        process.describe(thread)
+        process.run(thread, with_pointer=False)
+    start, size = 0x7E0000000000, 48 << 20
+    process.builder.add_segment(start, bytes(size))
+    for number in range(2000):
+        process.builder.add_thread(6000 + number, stack_pointer=start + PAGE * number)
+    with coreheap.open(process.write(tmp_path)) as core:
+        begin = time.process_time()
+        stacks = find_stacks(core)
+        spent = time.process_time() - begin
+    assert list(stacks.descriptors) == list(range(1, 201))
+    assert spent < 10  # 3 s; without a common budget a thread alone takes 25 ms
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("has_flag", [False, True])
+def test_static_tls_by_both_kinds_of_dtv(machine: str, has_flag: bool, tmp_path: Path) -> None:
+    """Before 2.25 a slot's second word is is_static, later what is to be freed."""
+    process = Process(machine, 1)
+    process.describe(0)
+    pointer, word = process.pointer(0), process.word
+    is_below = machine != "aarch64"
+    near = [pointer - 0x300, pointer - 0x180] if is_below else [pointer + 0x10, pointer + 0x60]
+    dynamic = process.block(0) + 0x4000
+    dtv = process.block(0) + 0x3000
+    unused = (1 << (8 * word)) - 1
+    slots = [
+        *((block, 1 if has_flag else 0) for block in near),
+        (dynamic, 0 if has_flag else dynamic),
+        (unused, 0),
+    ]
+    process.put(dtv - 2 * word, len(slots), 0, 7, 0, *(number for slot in slots for number in slot))
+    process.put(pointer + word if is_below else pointer, dtv)
+    process.run(0)
+    with coreheap.open(process.write(tmp_path)) as core:
+        storage = thread_storage(core, 1)
+    assert storage is not None
+    assert storage.dtv == dtv
+    if is_below:
+        assert storage.start == min(near)
+    else:
+        assert storage.end >= max(near)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coreheap.kernels import ChunkIndex, ChunkState, ListError, ListKind, MemoryMap, OverlayOutcome
+from coreheap.kernels import NO_WORD, ChunkIndex, ChunkState, ListError, ListKind, MemoryMap, OverlayOutcome
 from tests.heap_builder import (
     FASTBIN,
     IN_USE,
+    LARGE_BIN,
     MACHINE_64,
     MACHINES,
     TCACHE,
@@ -46,6 +47,8 @@ def overlay(
     sizes: tuple[int, int] | None = None,
     expected: list[int] | None = None,
     error_capacity: int = 64,
+    keys: list[int] | None = None,
+    size_links_from: int = 0,
 ) -> OverlayOutcome:
     rows = [
         sizes
@@ -65,6 +68,8 @@ def overlay(
         heap.safe_linking,
         geometry_of(heap.machine),
         error_capacity,
+        None if keys is None else np.array(keys, np.uint64),
+        size_links_from,
     )
     return result
 
@@ -78,13 +83,22 @@ def test_lists_give_every_chunk_its_state(kernels: ModuleType, machine: Machine,
     for kind in ListKind:
         lists = [row for row in heap.lists if kind_of(row.state) is kind]
         assert lists
-        outcome = overlay(kernels, heap, index, lists, kind, expected=[len(row.chunks) for row in lists])
+        outcome = overlay(
+            kernels,
+            heap,
+            index,
+            lists,
+            kind,
+            expected=[len(row.chunks) for row in lists],
+            size_links_from=machine.small_limit,
+        )
         assert outcome.count.tolist() == [len(row.chunks) for row in lists]
         assert outcome.byte_count.tolist() == [sum(chunk.chunk_bytes for chunk in row.chunks) for row in lists]
         assert not outcome.error_code.any()
         assert not outcome.stop_code.any()
         assert outcome.error_total == 0
-        assert outcome.errors.shape == (0, 5)
+        assert outcome.closed.all()
+        assert outcome.errors.shape == (0, 7)
     assert index.state.tolist() == [chunk.state_number for chunk in heap.all_chunks()]
     assert any(chunk.mmapped and chunk.state == TCACHE for chunk in heap.all_chunks())
 
@@ -143,7 +157,7 @@ def only_error(outcome: OverlayOutcome, code: ListError, address: int, *, stops:
     assert int(outcome.stop_code[0]) == (code if stops else ListError.NONE)
     (row,) = outcome.errors.tolist()
     assert row[:3] == [0, code, address]
-    return list(row[3:])
+    return list(row[3:5])
 
 
 @each_machine
@@ -198,15 +212,29 @@ def test_pointer_below_any_header(kernels: ModuleType, machine: Machine, pointer
 
 
 @each_machine
-def test_top_and_free_chunks_cannot_be_in_tcache(kernels: ModuleType, machine: Machine) -> None:
+def test_top_cannot_be_in_tcache(kernels: ModuleType, machine: Machine) -> None:
     scene = Scene(machine, free=True)
     top = scene.segment.chunks[-1]
-    for victim in (top, scene.chunks[3]):
-        row = BuiltList(TCACHE, 0, victim.payload_address(machine), 0, [])
-        outcome = overlay(
-            kernels, scene.heap, index_of(kernels, scene.heap), [row], ListKind.SINGLY_PAYLOAD, sizes=UNBOUNDED
-        )
-        assert only_error(outcome, ListError.WRONG_STATE, victim.header_address) == [0, 0]
+    row = BuiltList(TCACHE, 0, top.payload_address(machine), 0, [])
+    outcome = overlay(
+        kernels, scene.heap, index_of(kernels, scene.heap), [row], ListKind.SINGLY_PAYLOAD, sizes=UNBOUNDED
+    )
+    assert only_error(outcome, ListError.WRONG_STATE, top.header_address) == [0, 0]
+
+
+@each_machine
+def test_cached_chunk_that_looks_free_keeps_its_list(kernels: ModuleType, machine: Machine) -> None:
+    """PREV_INUSE behind it was cleared: the list still has it, and goes on."""
+    scene = Scene(machine, free=True)
+    row = scene.singly(3)
+    assert all(chunk.state == UNSORTED_BIN for chunk in row.chunks)
+    index = index_of(kernels, scene.heap)
+    outcome = overlay(kernels, scene.heap, index, [row], ListKind.SINGLY_PAYLOAD, expected=[3])
+    assert outcome.count.tolist() == [3]
+    assert outcome.errors[:, 1].tolist() == [ListError.LOOKS_FREE] * 3
+    word = machine.word_bytes
+    assert outcome.errors[:, 5].tolist() == [chunk.header_address + scene.size + word for chunk in row.chunks]
+    assert bool(outcome.closed[0])
 
 
 @each_machine
@@ -217,7 +245,7 @@ def test_chunk_in_use_cannot_be_on_a_bin(kernels: ModuleType, machine: Machine) 
     place = scene.chunks[1].header_address + 2 * machine.word_bytes
     scene.heap.memory.put(place, in_use.header_address, machine.word_bytes)
     outcome = overlay(kernels, scene.heap, index_of(kernels, scene.heap), [row], ListKind.DOUBLY)
-    assert outcome.count.tolist() == [2]
+    assert outcome.count.tolist() == [5]
     assert only_error(outcome, ListError.WRONG_STATE, in_use.header_address) == [place, 2]
 
 
@@ -277,6 +305,169 @@ def test_broken_back_links(kernels: ModuleType, machine: Machine) -> None:
     outcome = overlay(kernels, scene.heap, index_of(kernels, scene.heap), [row], ListKind.DOUBLY)
     assert outcome.count.tolist() == [5]
     only_error(outcome, ListError.BROKEN_BACK_LINK, scene.sentinel, stops=False)
+
+
+@each_machine
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("kind", ["misaligned", "no chunk", "in use", "another bin", "itself"])
+def test_a_ring_with_a_wrong_fd_is_followed_from_its_other_end(
+    kernels: ModuleType, machine: Machine, number: int, kind: str
+) -> None:
+    """All its chunks are found, and the one value that was right is told."""
+    scene = Scene(machine, free=True)
+    row = scene.ring()
+    word = machine.word_bytes
+    other = scene.chunks[6:9]
+    other_bin = scene.sentinel + 64
+    first, last = link_ring(scene.heap.memory, machine, other_bin, other)
+    scene.heap.memory.put(other_bin + 2 * word, first, word)
+    scene.heap.memory.put(other_bin + 3 * word, last, word)
+    place = scene.chunks[number].header_address + 2 * word
+    right = scene.heap.memory.get(place, word)
+    wrong, code = {
+        "misaligned": (0x41414141, ListError.MISALIGNED),
+        "no chunk": (scene.chunks[0].header_address + machine.alignment, ListError.NOT_A_CHUNK_START),
+        "in use": (scene.segment.chunks[4].header_address, ListError.WRONG_STATE),
+        "another bin": (other[1].header_address, ListError.BROKEN_FORWARD_LINK),
+        "itself": (scene.chunks[number].header_address, ListError.ALREADY_LISTED),
+    }[kind]
+    scene.heap.memory.put(place, wrong, word)
+    index = index_of(kernels, scene.heap)
+    rows = [row, BuiltList(UNSORTED_BIN, 2, first, other_bin, other)]
+    outcome = overlay(kernels, scene.heap, index, rows, ListKind.DOUBLY)
+    assert outcome.count.tolist() == [5, 3]
+    assert outcome.closed.all()
+    assert outcome.error_count.tolist() == [1, 0]
+    (error,) = outcome.errors.tolist()
+    assert error[1] == code
+    assert error[5:] == [place, right]
+
+
+@each_machine
+def test_a_ring_that_is_broken_twice_is_not_closed(kernels: ModuleType, machine: Machine) -> None:
+    scene = Scene(machine, free=True)
+    row = scene.ring()
+    word = machine.word_bytes
+    scene.heap.memory.put(scene.chunks[0].header_address + 2 * word, 0x41414141, word)
+    scene.heap.memory.put(scene.chunks[3].header_address + 3 * word, 0x42424242, word)
+    outcome = overlay(kernels, scene.heap, index_of(kernels, scene.heap), [row], ListKind.DOUBLY)
+    assert outcome.count.tolist() == [3]
+    assert not outcome.closed[0]
+    assert outcome.errors[:, 1].tolist() == [ListError.MISALIGNED, ListError.BROKEN_BACK_LINK]
+
+
+@each_machine
+def test_chunk_of_a_bin_that_looks_in_use(kernels: ModuleType, machine: Machine) -> None:
+    """Its own links are right: it is the next chunk's PREV_INUSE that is wrong."""
+    scene = Scene(machine, free=True)
+    row = scene.ring()
+    word = machine.word_bytes
+    victim = scene.chunks[2].header_address
+    index = index_of(kernels, scene.heap)
+    index.state[index.chunk_starting_at(victim)] = ChunkState.IN_USE
+    outcome = overlay(kernels, scene.heap, index, [row], ListKind.DOUBLY)
+    assert outcome.count.tolist() == [5]
+    only_error(outcome, ListError.LOOKS_IN_USE, victim, stops=False)
+    assert outcome.errors[0, 5] == victim + scene.size + word
+    assert index.state[index.chunk_starting_at(victim)] == ChunkState.UNSORTED_BIN
+
+
+class LargeBin(Scene):
+    """A bin of large chunks of three sizes, two of each, with a sound nextsize ring."""
+
+    def __init__(self, machine: Machine) -> None:
+        builder = HeapBuilder(machine, random.Random(1))
+        sizes = [machine.small_limit + step * machine.alignment for step in (4, 4, 2, 2, 0, 0)]
+        plan = [part for size in sizes for part in ((size, LARGE_BIN), (4 * machine.alignment, IN_USE))]
+        self.segment = builder.add_segment(0x40000, 1 << 16, plan=plan)
+        self.sentinel = 0x10000
+        builder.memory.add(self.sentinel, 4096)
+        self.machine = machine
+        self.heap = builder.heap
+        self.chunks = self.segment.of_state(LARGE_BIN)
+        self.word = machine.word_bytes
+        first, last = link_ring(self.heap.memory, machine, self.sentinel, self.chunks, with_nextsize=True)
+        self.heap.memory.put(self.sentinel + 2 * self.word, first, self.word)
+        self.heap.memory.put(self.sentinel + 3 * self.word, last, self.word)
+        self.row = BuiltList(LARGE_BIN, 64, first, self.sentinel, self.chunks)
+
+    def followed(self, kernels: ModuleType) -> OverlayOutcome:
+        index = index_of(kernels, self.heap)
+        return overlay(kernels, self.heap, index, [self.row], ListKind.DOUBLY, size_links_from=self.machine.small_limit)
+
+
+@each_machine
+def test_sound_large_bin(kernels: ModuleType, machine: Machine) -> None:
+    outcome = LargeBin(machine).followed(kernels)
+    assert outcome.count.tolist() == [6]
+    assert outcome.error_total == 0
+
+
+@each_machine
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("words", [4, 5])
+def test_each_nextsize_link_is_checked(kernels: ModuleType, machine: Machine, number: int, words: int) -> None:
+    scene = LargeBin(machine)
+    place = scene.chunks[number].header_address + words * scene.word
+    right = scene.heap.memory.get(place, scene.word)
+    is_leader = number % 2 == 0
+    assert bool(right) == is_leader
+    scene.heap.memory.put(place, 0x41414140, scene.word)
+    outcome = scene.followed(kernels)
+    assert outcome.count.tolist() == [6]
+    code = ListError.BROKEN_SIZE_RING if is_leader else ListError.STRAY_SIZE_LINK
+    only_error(outcome, code, scene.chunks[number].header_address, stops=False)
+    assert outcome.errors[0, 5:].tolist() == [place, right]
+
+
+@each_machine
+def test_large_bin_out_of_order(kernels: ModuleType, machine: Machine) -> None:
+    scene = LargeBin(machine)
+    order = [scene.chunks[number] for number in (0, 1, 4, 5, 2, 3)]
+    first, last = link_ring(scene.heap.memory, machine, scene.sentinel, order)
+    scene.heap.memory.put(scene.sentinel + 3 * scene.word, last, scene.word)
+    leaders = [chunk.header_address for chunk in order[::2]]
+    for number, leader in enumerate(leaders):
+        scene.heap.memory.put(leader + 4 * scene.word, leaders[(number + 1) % 3], scene.word)
+        scene.heap.memory.put(leader + 5 * scene.word, leaders[number - 1], scene.word)
+    assert first == scene.row.head
+    outcome = scene.followed(kernels)
+    assert outcome.count.tolist() == [6]
+    only_error(outcome, ListError.NOT_SORTED, scene.chunks[2].header_address, stops=False)
+
+
+@each_machine
+@pytest.mark.parametrize("words", [4, 5])
+def test_large_unsorted_chunks_have_no_nextsize_links(kernels: ModuleType, machine: Machine, words: int) -> None:
+    scene = LargeBin(machine)
+    for chunk in scene.chunks:
+        for place in (4, 5):
+            scene.heap.memory.put(chunk.header_address + place * scene.word, 0, scene.word)
+    scene.row = replace(scene.row, state=UNSORTED_BIN)
+    assert scene.followed(kernels).error_total == 0
+    victim = scene.chunks[3].header_address
+    scene.heap.memory.put(victim + words * scene.word, 7, scene.word)
+    outcome = scene.followed(kernels)
+    only_error(outcome, ListError.STRAY_SIZE_LINK, victim, stops=False)
+    assert outcome.errors[0, 5:].tolist() == [victim + words * scene.word, 0]
+
+
+@each_machine
+def test_keys_of_cached_blocks(kernels: ModuleType, machine: Machine) -> None:
+    scene = Scene(machine)
+    row = scene.singly()
+    for number in range(5):
+        place = scene.payload(number) + machine.word_bytes
+        scene.heap.memory.put(place, 0x1234 if number != 2 else 0, machine.word_bytes)
+    index = index_of(kernels, scene.heap)
+    outcome = overlay(kernels, scene.heap, index, [row], ListKind.SINGLY_PAYLOAD, keys=[0x1234])
+    assert outcome.count.tolist() == [5]
+    victim = scene.chunks[2].header_address
+    only_error(outcome, ListError.WRONG_KEY, victim, stops=False)
+    assert outcome.errors[0, 5:].tolist() == [scene.payload(2) + machine.word_bytes, 0x1234]
+    index = index_of(kernels, scene.heap)
+    unknown = overlay(kernels, scene.heap, index, [row], ListKind.SINGLY_PAYLOAD, keys=[NO_WORD])
+    assert unknown.error_total == 0
 
 
 @each_machine

@@ -242,6 +242,8 @@ def test_overlay_and_columns_agree(
             safe_linking,
             geometry_of(machine),
             4,
+            np.array([0x1234 + seed % 2] * len(all_heads), np.uint64),
+            machine.small_limit if seed % 3 else 0,
         )
         outcomes = [
             kernels.overlay_free_lists(memory_map, index, *arguments)

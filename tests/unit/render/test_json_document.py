@@ -11,7 +11,15 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from coreheap.heap import ChunkState
-from coreheap.render.json_document import SchemaName, json_document, json_text, schema_text
+from coreheap.render.json_document import (
+    CHECK_KEYS,
+    SchemaName,
+    check_document,
+    check_json_text,
+    json_document,
+    json_text,
+    schema_text,
+)
 from coreheap.report import Report
 from tests.unit import report_samples
 
@@ -20,6 +28,8 @@ REPORTS = {
     "small": report_samples.small_report(),
     "heapless": report_samples.heapless_report(),
     "damaged": report_samples.damaged_report(),
+    "corrupt": report_samples.corrupt_report(),
+    "sound": report_samples.sound_report(),
 }
 CONTRACT_KEYS = [
     "schema_version",
@@ -154,3 +164,44 @@ def test_hostile_text_stays_inside_its_string() -> None:
 
 def test_the_same_report_gives_the_same_text() -> None:
     assert json_text(report_samples.report()) == json_text(report_samples.report())
+
+
+@pytest.mark.parametrize("report", REPORTS.values(), ids=REPORTS)
+def test_what_check_writes_is_a_part_of_the_report_and_valid(report: Report) -> None:
+    part, whole = json.loads(check_json_text(report)), json.loads(json_text(report))
+    Draft202012Validator(json.loads(schema_text(SchemaName.REPORT))).validate(part)
+    assert tuple(part) == CHECK_KEYS == tuple(check_document(report))
+    for key in set(CHECK_KEYS) - {"findings"}:
+        assert part[key] == whole[key]
+    assert all(finding in whole["findings"] for finding in part["findings"])
+
+
+@pytest.mark.parametrize("missing", ["ledger", "leaks", "damages", "crash", "integrity"])
+def test_a_report_without_one_of_its_keys_is_not_valid(missing: str) -> None:
+    document = written(REPORTS["report"])
+    del document[missing]
+    assert not Draft202012Validator(json.loads(schema_text(SchemaName.REPORT))).is_valid(document)
+
+
+def test_the_words_of_a_process_are_in_no_document() -> None:
+    for name in ("corrupt", "damaged"):
+        text = json_text(REPORTS[name])
+        assert f"{report_samples.SECRET:x}" not in text
+        assert str(report_samples.SECRET) not in text
+    damages = written(REPORTS["corrupt"])["damages"]
+    assert damages[0]["repair"]["observed"] is None
+    assert damages[3]["repair"]["observed"] == "0x401002"
+
+
+def test_damages_and_the_crash_are_told_as_the_report_has_them() -> None:
+    document = written(REPORTS["corrupt"])
+    first = document["damages"][0]
+    assert (first["kind"], first["place"], first["byte_count"]) == ("overflow", "chunk_header", 11)
+    assert first["culprit"]["payload_address"] == "0x7f3a140008d0"
+    assert first["culprit"]["holder"] == "libfoo.so session_table+0x18"
+    assert document["integrity"]["verdict"] == "damaged"
+    assert document["integrity"]["confidence"] == "certain"
+    crash = document["crash"]
+    assert (crash["signal"], crash["signal_name"], crash["signature"]) == (6, "SIGABRT", "0123456789abcdef")
+    assert [frame["is_certain"] for frame in crash["frames"]] == [True] * 7 + [False] * 23
+    assert written(REPORTS["report"])["crash"] is None

@@ -21,6 +21,8 @@ REPORTS = {
     "small": report_samples.small_report(),
     "heapless": report_samples.heapless_report(),
     "damaged": report_samples.damaged_report(),
+    "corrupt": report_samples.corrupt_report(),
+    "sound": report_samples.sound_report(),
 }
 ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-9;]*m")
 

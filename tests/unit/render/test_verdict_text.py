@@ -17,7 +17,8 @@ def item(topic: str, mib: int, resident: tuple[int, int] | None = None, of: int 
     whole = str(more.get("whole", "writable_private"))
     confidence = more.get("confidence", Confidence.CERTAIN)
     assert isinstance(confidence, Confidence)
-    return VerdictItem(topic, mib * MIB, of * MIB, whole, confidence, (), low, high)
+    of_memory = None if resident is None else 90 * MIB
+    return VerdictItem(topic, mib * MIB, of * MIB, whole, confidence, (), low, high, of_memory, of_memory)
 
 
 def with_verdict(*items: VerdictItem) -> Report:

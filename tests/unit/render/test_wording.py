@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from coreheap.damage import DamagedPlace
 from coreheap.evidence import Confidence
 from coreheap.quantities import GIB, MIB
-from coreheap.render.wording import finding_sentence, quantity_text, verdict_text, verdict_whole
+from coreheap.render.wording import PLACES, finding_sentence, quantity_text, verdict_text, verdict_whole
 from coreheap.report import Finding, Quantity, Unit, VerdictItem
-from tests.unit.report_samples import finding
+from tests.unit.report_samples import corruption_finding, finding
 
 
 def said(code: str, *quantities: Quantity) -> str:
@@ -58,3 +60,51 @@ def test_verdicts_name_part_and_whole() -> None:
     unknown = VerdictItem("page_cache", 1, 0, "whole {0} %s", Confidence.WEAK)
     assert verdict_whole(unknown) == "Of 0 B of whole {0} %s:"
     assert verdict_text(unknown) == "page cache"
+
+
+CODES = [
+    "CORRUPTION-OVERFLOW",
+    "CORRUPTION-HEADER",
+    "CORRUPTION-FREE-LIST",
+    "CORRUPTION-ALLOCATOR-DATA",
+    "CORRUPTION-MMAPPED",
+    "CORRUPTION-INVALID-FREE",
+    "DOUBLE-FREE",
+    "USE-AFTER-FREE",
+    "ALLOCATOR-LOCKED",
+]
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_damage_is_told_from_whatever_is_known_of_it(code: str) -> None:
+    """Every quantity of a damage may be missing or unknown; the sentence stays one."""
+    whole = corruption_finding(code=code)
+    unknown = dataclasses.replace(
+        whole, quantities=tuple(dataclasses.replace(quantity, value=None) for quantity in whole.quantities)
+    )
+    for case in (whole, unknown, dataclasses.replace(whole, quantities=())):
+        sentence = finding_sentence(case)
+        assert sentence[0].isupper()
+        assert sentence.endswith(".")
+        assert "unknown" not in sentence
+        assert "  " not in sentence
+        assert "_" not in sentence
+    assert finding_sentence(whole) != "Serious: a chunk of arena 1."
+
+
+def test_a_place_that_is_new_is_named_plainly() -> None:
+    place = Quantity("place", "bin_map", Unit.TEXT)
+    assert said("CORRUPTION-ALLOCATOR-DATA", place) == "Bin map holds what malloc never writes there."
+
+
+def test_every_place_of_a_damage_has_words() -> None:
+    assert set(PLACES) == {place.value for place in DamagedPlace}
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_code_has_its_page(code: str) -> None:
+    page = Path(__file__).parents[3] / "docs" / "findings" / f"{code}.md"
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith(f"# {code}\n")
+    for section in ("## What it means", "## What would refute it", "## What to do"):
+        assert section in text

@@ -1,0 +1,479 @@
+"""Where a walk goes on behind a damaged header: boundaries that independent evidence proves.
+
+Knows: what speaks for a chunk's start besides the header before it (free lists, prev_size footers, pointers to its
+payload, a size that differs in one bit or in its lowest byte), and how these weigh against each other. Does not know:
+how the walk is done (``walk``), or whose fault the damage is (``forensics``).
+
+Old headers lie in the payloads of live blocks, and lead to real boundaries. So a chain of chunks alone does not say
+where the first of them starts; only where nothing else speaks is the first chain believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from coreheap.allocators.glibc.arenas import ArenaFacts
+from coreheap.allocators.glibc.gathering import words_at
+from coreheap.allocators.glibc.records import BIN_COUNT, Layout
+from coreheap.allocators.glibc.structures import bin_numbers, tcache_bin_sizes
+from coreheap.allocators.glibc.tcache import Cache
+from coreheap.corefile import AddressSpace, Core
+from coreheap.kernels import ChunkGeometry, StopReason, chain_reaches, resynchronise
+
+UInt64s = npt.NDArray[np.uint64]
+Bytes = npt.NDArray[np.uint8]
+
+PREV_INUSE, IS_MMAPPED, NON_MAIN_ARENA, FLAGS = 1, 2, 4, 7
+
+LIST_STEPS = 4096
+"""Chunks of a free list that are followed from its head to learn where chunks start."""
+
+WINDOW_BYTES = 1 << 26
+WINDOWS_OF_A_HEAP = 16
+SCANS = 32
+"""Pointers are looked for in the whole core, for a window of the heap at a time; so often and no more."""
+
+WORDS_AT_ONCE = 1 << 20
+
+SUSPECTS = 6
+"""Headers before the one that breaks the walk that may be the damaged one: what follows a wrong size is read wrongly."""
+
+NODES = 16
+"""Boundaries on a proven chain that are weighed."""
+REACH_BYTES = 1 << 24
+POINTERS_WEIGHED = 64
+MOST_PASSED = 16
+
+PROVEN_BY = (StopReason.LIMIT, StopReason.TOP, StopReason.END, StopReason.FENCEPOSTS_HEAP, StopReason.FENCEPOSTS_MAIN)
+CHAIN = 64
+SHORT_CHAIN = 8
+"""Chunks of a chain that ends at more damage: likely a real one, but old headers may make one as well."""
+PROVEN, LIKELY = 2, 1
+
+FEW, MOSTLY = 4, 0.75
+"""Of so many chunks around damage so many must be led to before lists and pointers say where the next one starts."""
+
+RECOVERIES = 64
+"""Breaks of a heap that are weighed by all evidence; a heap in pieces goes on at the first chain behind each."""
+
+ONE_BIT, LOW_BYTE, SHORT_LOW_BYTE, FOOTER, LIST_SIZE, LISTED, POINTED_TO = 5, 4, 3, 5, 6, 4, 3
+"""What the kinds of evidence for a boundary weigh."""
+
+WELL_FORMED, ILL_FORMED = -4, 2
+IS_POINTED_TO, IS_NOT_POINTED_TO, PASSED_OVER, SAME_FOREIGN_BYTES = 3, -3, -2, 2
+PROVEN_SCORE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """Where the walk goes on: offsets of the damaged header and of the next one that is proven.
+
+    ``expected_size`` is the size that the damaged header had, None where that is not proven. ``size_is_repaired``: what the
+    header still says goes with it (one bit, its lowest byte, or a footer); else only other words tell it.
+    """
+
+    damaged_offset: int
+    next_offset: int
+    expected_size: int | None
+    size_is_repaired: bool
+    reasons: tuple[str, ...]
+
+
+class PayloadPointers:
+    """Which possible chunks of a heap any saved word of the core leads to; looked for when it is asked."""
+
+    def __init__(self, core: Core, geometry: ChunkGeometry, heap_bytes: int) -> None:
+        self._core = core
+        self._geometry = geometry
+        self._window_bytes = max(WINDOW_BYTES, heap_bytes // WINDOWS_OF_A_HEAP)
+        self._scans = 0
+        self._low = self._high = 0
+        self._marks: Bytes = np.zeros(0, np.uint8)
+
+    def headers_within(self, low: int, high: int) -> UInt64s | None:
+        """Header addresses in [low, high) whose payload some word leads to, ascending; None where that was not looked for.
+
+        ``high`` is cut to the window that begins at ``low``.
+        """
+        if not self._low <= low < high <= self._high:
+            if self._scans >= SCANS:
+                return None
+            self._scans += 1
+            self._look(low, max(min(high, low + 4 * self._window_bytes), low + self._window_bytes))
+        alignment = self._geometry.alignment
+        first, last = (low - self._low) // alignment, (min(high, self._high) - self._low) // alignment
+        found = np.flatnonzero(self._marks[first:last]).astype(np.uint64) + np.uint64(first)
+        return found * np.uint64(alignment) + np.uint64(self._low)
+
+    def _look(self, low: int, high: int) -> None:
+        """Mark every granule of [low, high), ``low`` being a header's address, that starts a chunk by some word."""
+        memory, geometry = self._core.memory, self._geometry
+        word, alignment = geometry.word_bytes, geometry.alignment
+        self._low, self._high = low, high
+        self._marks = np.zeros((high - low) // alignment + 1, np.uint8)
+        payload, extent = np.uint64(low + geometry.header_bytes), np.uint64(high - low)
+        kind = np.dtype("<u8" if word == 8 else "<u4")
+        tagged = self._core.machine == "aarch64"
+        for start, end, offset in zip(*(column.tolist() for column in memory.populated_runs()), strict=True):
+            skip = -start % word
+            count = (end - start - skip) // word
+            for first in range(0, max(count, 0), WORDS_AT_ONCE):
+                at = offset + skip + first * word
+                part = memory.file[at : at + min(WORDS_AT_ONCE, count - first) * word].view(kind).astype(np.uint64)
+                if tagged:
+                    part &= np.uint64((1 << 56) - 1)
+                part -= payload
+                inside = part[part < extent]
+                self._marks[inside[inside % np.uint64(alignment) == 0] // np.uint64(alignment)] = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ListedChunks:
+    """Header addresses that free lists lead to, ascending, and the one size that each list is for; uint64[n].
+
+    0 where a list is for several sizes.
+    """
+
+    header_address: UInt64s
+    chunk_bytes: UInt64s
+
+    def size_at(self, header: int) -> int:
+        """The size that its list says a chunk has; 0 where no list leads there or several sizes belong on it."""
+        row = int(np.searchsorted(self.header_address, np.uint64(header)))
+        is_there = row < len(self.header_address) and int(self.header_address[row]) == header
+        return int(self.chunk_bytes[row]) if is_there else 0
+
+
+def no_listed_chunks() -> ListedChunks:
+    return ListedChunks(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
+
+
+def listed_chunks(core: Core, layout: Layout, arenas: tuple[ArenaFacts, ...], caches: list[Cache]) -> ListedChunks:
+    """What free lists lead to: bins from both ends, fastbins, tcaches. Links may be damaged: not all of it are chunks."""
+    word, linking = layout.word_class.word_bytes, layout.generation.safe_linking
+    header = np.uint64(layout.word_class.header_bytes)
+    lowest, highest = (np.asarray(column, np.uint64) for column in bin_numbers(layout.word_class))
+    bin_bytes = np.where(lowest == highest, lowest, np.uint64(0))[1 : BIN_COUNT + 1]
+    parts: list[tuple[UInt64s, UInt64s]] = [(np.zeros(0, np.uint64), np.zeros(0, np.uint64))]
+    for arena in arenas:
+        if arena.state is None:
+            continue
+        own = arena.state.address, arena.state.address + layout.state.byte_count
+        fast = arena.state.fastbins
+        fast_bytes = np.array([layout.word_class.fastbin_chunk_bytes(number) for number in range(len(fast))], np.uint64)
+        parts.append(_followed(core.memory, arena.state.bins[0::2], bin_bytes, 2 * word, False, own))
+        parts.append(_followed(core.memory, arena.state.bins[1::2], bin_bytes, 3 * word, False, own))
+        parts.append(_followed(core.memory, fast, fast_bytes, 2 * word, linking, own))
+    for cache in caches:
+        low, high = tcache_bin_sizes(len(cache.state.entries), layout.word_class, False)
+        low, high = np.asarray(low, np.uint64), np.asarray(high, np.uint64)
+        sizes = np.where(low == high, low, np.uint64(0))
+        payloads, sizes = _followed(core.memory, cache.state.entries, sizes, 0, linking, (0, 0))
+        parts.append((payloads[payloads >= header] - header, sizes[payloads >= header]))
+    headers, first = np.unique(np.concatenate([part[0] for part in parts]), return_index=True)
+    return ListedChunks(headers, np.concatenate([part[1] for part in parts])[first])
+
+
+def _followed(
+    memory: AddressSpace, heads: UInt64s, sizes: UInt64s, link_offset: int, safe_linking: bool, own: tuple[int, int]
+) -> tuple[UInt64s, UInt64s]:
+    """All addresses on lists and the size of each one's list; a list ends at 0, in ``own``, or where it comes back."""
+    parts: list[tuple[UInt64s, UInt64s]] = [(np.zeros(0, np.uint64), np.zeros(0, np.uint64))]
+    seen: UInt64s = np.zeros(0, np.uint64)
+    for _ in range(LIST_STEPS):
+        fresh = (heads != 0) & ((heads < np.uint64(own[0])) | (heads >= np.uint64(own[1]))) & ~np.isin(heads, seen)
+        heads, first = np.unique(heads[fresh], return_index=True)
+        sizes = sizes[fresh][first]
+        if not len(heads):
+            break
+        parts.append((heads, sizes))
+        # Cycles of one or two, the commonest, end here; longer ones at the limit.
+        seen = np.concatenate([seen[-2 * len(heads) :], heads])
+        places = heads + np.uint64(link_offset)
+        following, saved = words_at(memory, places)
+        if safe_linking:
+            following = following ^ (places >> np.uint64(12))
+        heads, sizes = following[saved], sizes[saved]
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+@dataclass(slots=True)
+class Recovery:
+    """Weighs what a damaged stretch of one region can have been. ``view`` are the region's saved bytes from ``start`` on."""
+
+    view: Bytes
+    start: int
+    geometry: ChunkGeometry
+    top_offset: int
+    region_bytes: int
+    pointers: PayloadPointers
+    _listed: Callable[[], ListedChunks]
+    non_main: bool
+    _proven: dict[int, int] = field(default_factory=dict)
+    _chains: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    _tells: bool = False
+    """Whether lists and pointers lead to most chunks here, so that a start that nothing leads to is doubtful."""
+
+    @property
+    def listed(self) -> UInt64s:
+        """Header addresses that free lists lead to."""
+        return self._listed().header_address
+
+    def behind_break(self, broken: int, trail: list[int]) -> Boundary | None:
+        """Where the walk goes on that broke at an offset; ``trail`` are the starts before it, the nearest first.
+
+        None where no chain of chunks is proven behind it.
+        """
+        if self._is_where_fenceposts_are(broken):
+            return None
+        suspects = [broken, *trail[:SUSPECTS]]
+        after = self._chain_behind(broken)
+        farthest = min(self.region_bytes, (after[0] if after else broken) + REACH_BYTES)
+        pointed_to = self._pointed_to(suspects[-1], farthest)
+        led_to = [self._is_led_to(node, pointed_to) for node in (*trail, *after)]
+        self._tells = len(led_to) >= FEW and sum(led_to) >= MOSTLY * len(led_to)
+        best: tuple[int, Boundary] | None = None
+        for distance, suspect in enumerate(suspects):
+            for candidate in self._candidates(suspect, broken, pointed_to):
+                score, boundary = self._weigh(suspect, candidate, broken, distance, pointed_to)
+                if best is None or score > best[0]:
+                    best = score, boundary
+        if best is None:
+            return None
+        return best[1]
+
+    def swallowed(self, damaged: int, end: int, inner: int) -> Boundary | None:
+        """The right size of a chunk [damaged, end) in which a real chunk starts at ``inner``; None where no one change of
+        one bit or of the lowest byte leads there."""
+        observed = self.word(damaged + self.geometry.word_bytes)
+        joins = chain_reaches(self.view, self.geometry, inner, end, CHAIN, self.region_bytes)
+        if joins.stop_reason is not StopReason.TOP and end != self.region_bytes:
+            return None
+        best: tuple[int, int, str] | None = None
+        for size, weight, reason in self._variants(observed):
+            after = damaged + size
+            if not damaged < after <= inner:
+                continue
+            chain = chain_reaches(self.view, self.geometry, after, inner, CHAIN, self.region_bytes)
+            if chain.stop_reason is StopReason.TOP and (best is None or weight > best[0]):
+                best = weight, size, reason
+        if best is None:
+            return None
+        return Boundary(damaged, damaged + best[1], best[1], True, (best[2], "a chunk that starts inside of it"))
+
+    def _is_where_fenceposts_are(self, offset: int) -> bool:
+        """Whether an offset is so near to the end of a retired sub-heap that only its fenceposts have room."""
+        word = self.geometry.word_bytes
+        room = 4 * word + self.geometry.alignment - 2 * word
+        return self.non_main and self.top_offset < 0 and self.region_bytes - offset <= room
+
+    # Candidates
+
+    def _candidates(self, suspect: int, broken: int, pointed_to: UInt64s | None) -> Iterator[int]:
+        """Offsets at which the chunk of a suspect's header may end, each once, the nearest first."""
+        geometry = self.geometry
+        observed = self.word(suspect + geometry.word_bytes)
+        found = {suspect + size for size, _, _ in self._variants(observed)}
+        found.add(suspect + self._listed().size_at(self.start + suspect))
+        nodes = self._chain_behind(suspect)
+        reach = (nodes[0] if nodes else suspect) + REACH_BYTES
+        found.update(self._chain_behind(suspect))
+        listed = self.listed[
+            (self.listed > np.uint64(self.start + suspect))
+            & (self.listed < np.uint64(self.start + min(reach, self.region_bytes)))
+        ]
+        for column in (pointed_to, listed):
+            if column is not None:
+                offsets = column.astype(np.int64) - self.start
+                found.update(offsets[offsets > suspect][:POINTERS_WEIGHED].tolist())
+        if self.top_offset >= 0:
+            found.add(self.top_offset)
+        for offset in sorted(found):
+            size = offset - suspect
+            in_place = offset < self.region_bytes and offset % geometry.alignment == 0
+            if size >= geometry.minimum_chunk_bytes and in_place and self._is_proven(offset):
+                yield offset
+
+    def _chain_behind(self, offset: int) -> tuple[int, ...]:
+        """The first chunks that are proven behind an offset."""
+        if offset not in self._chains:
+            nodes = {*self._nodes_from(self._resynchronised(offset, CHAIN))}
+            nodes.update(self._nodes_from(self._resynchronised(offset, SHORT_CHAIN)))
+            self._chains[offset] = tuple(sorted(nodes))
+        return self._chains[offset]
+
+    def _nodes_from(self, offset: int) -> Iterator[int]:
+        """The first chunks of the chain from an offset on; none from -1."""
+        for _ in range(NODES):
+            if not 0 <= offset < self.region_bytes:
+                return
+            yield offset
+            step = chain_reaches(self.view, self.geometry, offset, self.top_offset, 1, self.region_bytes)
+            offset = step.end_offset if step.stop_reason is StopReason.LIMIT else -1
+
+    def _variants(self, observed: int) -> Iterator[tuple[int, int, str]]:
+        """(size, weight, reason): sizes that differ from a size word in one bit, or in its lowest byte."""
+        size, alignment = observed & ~FLAGS, self.geometry.alignment
+        for bit in range(alignment.bit_length() - 1, 8 * self.geometry.word_bytes):
+            other = size ^ 1 << bit
+            if self.geometry.minimum_chunk_bytes <= other < self.region_bytes and not other % alignment:
+                yield other, ONE_BIT, f"its size word differs from that in bit {bit} alone"
+        high = observed & ~0xFF
+        if high < self.region_bytes:
+            weight = LOW_BYTE if high else SHORT_LOW_BYTE
+            for low in range(0, 256, alignment):
+                if high + low >= self.geometry.minimum_chunk_bytes and (high + low ^ size).bit_count() != 1:
+                    yield high + low, weight, "its size word differs from that in the lowest byte alone"
+
+    def _weigh(
+        self, suspect: int, candidate: int, broken: int, distance: int, pointed_to: UInt64s | None
+    ) -> tuple[int, Boundary]:
+        """How much speaks for: the header of ``suspect`` is damaged, and the next chunk starts at ``candidate``."""
+        word = self.geometry.word_bytes
+        observed, size = self.word(suspect + word), candidate - suspect
+        score, for_size, repaired = -distance - (PROVEN - self._proof(candidate)), 0, False
+        reasons: list[str] = []
+        matching = [(weight, reason) for other, weight, reason in self._variants(observed) if other == size]
+        if observed & ~FLAGS == size:
+            matching.append((ONE_BIT, "its size is right, its flags are not"))
+        if matching:
+            weight, reason = max(matching)
+            for_size, repaired = weight, weight >= LOW_BYTE
+            reasons.append(reason)
+        next_word, before = self.word(candidate + word), self.word(candidate)
+        if not next_word & PREV_INUSE:
+            if before != size:
+                for_size -= FOOTER
+            else:
+                for_size, repaired = for_size + FOOTER, True
+                reasons.append("the prev_size behind it says so")
+        if self._listed().size_at(self.start + suspect) == size:
+            for_size, repaired = for_size + LIST_SIZE, True
+            reasons.append("it is on a free list of that size")
+        if self._tells and self._is_listed(candidate):
+            for_size += LISTED
+            reasons.append("a free list leads to the next chunk")
+        if self._tells and self._is_pointed_to(candidate, pointed_to):
+            for_size += POINTED_TO
+            reasons.append("pointers lead to the next chunk's payload")
+        between = self._starts_between(suspect, candidate, pointed_to)
+        for_size += PASSED_OVER * min(between, MOST_PASSED)
+        if not self._tells:
+            nodes = self._chain_behind(suspect)
+            for_size -= sum(node < candidate for node in nodes)
+        score += for_size
+        broken_is_a_chunk = self._is_led_to(broken, pointed_to)
+        if distance:
+            score += WELL_FORMED if self._is_well_formed(observed) else ILL_FORMED
+            score += PASSED_OVER * 2 if broken_is_a_chunk else 0
+            score += 1 if self._is_pointed_to(suspect, pointed_to) else 0
+        elif broken_is_a_chunk:
+            score += IS_POINTED_TO
+        elif self._tells:
+            # Other chunks here are pointed to, this one is not: perhaps it is none.
+            score += IS_NOT_POINTED_TO
+        if not distance and self._goes_on_from_before(suspect):
+            score += SAME_FOREIGN_BYTES
+        proven = for_size >= PROVEN_SCORE
+        if not repaired:
+            # Something may start between: then this is not one chunk but several, or old headers in its payload.
+            proven = proven and not any(node < candidate for node in self._chain_behind(suspect))
+            proven = proven and not self._led_to_between(suspect, candidate, pointed_to)
+        return score, Boundary(
+            suspect, candidate, size if proven else None, repaired and proven, tuple(reasons) if proven else ()
+        )
+
+    # Facts
+
+    def word(self, offset: int) -> int:
+        """The word at an offset; 0 where it was not saved."""
+        return int.from_bytes(self.view[offset : offset + self.geometry.word_bytes].tobytes(), "little")
+
+    def _resynchronised(self, offset: int, proof_chunks: int) -> int:
+        return resynchronise(
+            self.view, self.geometry, offset, self.top_offset, region_bytes=self.region_bytes, proof_chunks=proof_chunks
+        )
+
+    def _proof(self, offset: int) -> int:
+        """How well a chain proves that a chunk starts here: PROVEN, LIKELY where it breaks at more damage, else 0."""
+        known = self._proven.get(offset)
+        if known is None:
+            if offset + self.geometry.header_bytes > len(self.view):
+                return 0
+            chain = chain_reaches(self.view, self.geometry, offset, self.top_offset, CHAIN, self.region_bytes)
+            at_fence = chain.stop_reason in (StopReason.FENCEPOSTS_HEAP, StopReason.FENCEPOSTS_MAIN)
+            is_whole = chain.stop_reason in PROVEN_BY and (
+                not at_fence or chain.chunk_count > 0 or chain.end_offset == self.region_bytes
+            )
+            is_long = chain.stop_reason is StopReason.BROKEN and chain.chunk_count >= SHORT_CHAIN
+            known = PROVEN if is_whole else LIKELY if is_long else 0
+            self._proven[offset] = known
+        return known
+
+    def _is_proven(self, offset: int) -> bool:
+        return self._proof(offset) > 0
+
+    def _pointed_to(self, first: int, last: int) -> UInt64s | None:
+        """Header addresses between two offsets that words of the core lead to the payloads of."""
+        return self.pointers.headers_within(self.start + first, self.start + last)
+
+    def _is_led_to(self, offset: int, pointed_to: UInt64s | None) -> bool:
+        return self._is_pointed_to(offset, pointed_to) or self._is_listed(offset)
+
+    def _is_pointed_to(self, offset: int, pointed_to: UInt64s | None) -> bool:
+        return pointed_to is not None and _holds(pointed_to, self.start + offset)
+
+    def _is_listed(self, offset: int) -> bool:
+        return _holds(self.listed, self.start + offset)
+
+    def _starts_between(self, suspect: int, candidate: int, pointed_to: UInt64s | None) -> int:
+        """How many proven chunks that something leads to would be swallowed."""
+        count = 0
+        for column in (pointed_to, self.listed):
+            if column is None:
+                continue
+            first = np.searchsorted(column, np.uint64(self.start + suspect), side="right")
+            last = np.searchsorted(column, np.uint64(self.start + candidate), side="left")
+            for address in column[first:last][:POINTERS_WEIGHED].tolist():
+                offset = address - self.start
+                if not offset % self.geometry.alignment and self._is_proven(offset):
+                    count += 1
+        return count
+
+    def _led_to_between(self, suspect: int, candidate: int, pointed_to: UInt64s | None) -> bool:
+        for column in (pointed_to, self.listed):
+            if column is not None:
+                first, last = np.searchsorted(
+                    column, np.array([suspect + 1, candidate], np.uint64) + np.uint64(self.start)
+                )
+                if last > first:
+                    return True
+        return False
+
+    def _is_well_formed(self, size_word: int) -> bool:
+        bad_flag = size_word & IS_MMAPPED or bool(size_word & NON_MAIN_ARENA) != self.non_main
+        return not bad_flag and bool(size_word & PREV_INUSE) and not (size_word & ~FLAGS) % self.geometry.alignment
+
+    def _goes_on_from_before(self, offset: int) -> bool:
+        """Whether the bytes of a header look like those directly before it: all text, or all one byte."""
+        word = self.geometry.word_bytes
+        part = self.view[max(offset, 0) : offset + 2 * word]
+        if len(part) < 2 * word:
+            return False
+        before, inside = part[:word], part[word:]
+        if (before == before[0]).all() and before[0] not in (0, 255):
+            return bool((inside[:2] == before[0]).all())
+        return bool(((before >= 0x20) & (before < 0x7F)).all() and ((inside[:2] >= 0x20) & (inside[:2] < 0x7F)).all())
+
+
+def _holds(column: UInt64s, address: int) -> bool:
+    row = int(np.searchsorted(column, np.uint64(address)))
+    return row < len(column) and int(column[row]) == address
+
+
+Listed = Callable[[], ListedChunks]
+"""``listed_chunks``, asked for only where something is damaged."""

@@ -1,0 +1,404 @@
+"""Crashes of known kinds, of programs that said in advance where: what lies there, who called whom, and one signature a kind.
+
+The backtraces of gdb, which reads the same cores with debug information, are held against ours: every frame that we call certain
+must be gdb's.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+import coreheap
+from coreheap.analysis import AnalysisOptions
+from coreheap.corefile import Core, ElfFile
+from coreheap.corefile.stacks import find_stacks
+from coreheap.corefile.unwinding import unwind
+from coreheap.crash import AbortKind, CrashContext, FaultKind, FrameSource
+from coreheap.crashes import find_crash
+from coreheap.report import Report
+from tests.real_cores import cores
+from tests.real_cores.cases import MATRIX, Case, Linking
+from tests.real_cores.conftest import core_or_skip
+from tests.real_cores.targets import MATRIX_TARGETS, files_of
+
+FLAGS = ("-fPIE", "-pie", "-fomit-frame-pointer", "-fstack-protector-all", "-D_FORTIFY_SOURCE=2")
+CRASH_KINDS = Case("crash_kinds", "crash_kinds", linking=Linking("crash", FLAGS), log_bytes=0, support=())
+PROGRAMS = {
+    "native": CRASH_KINDS,
+    **{
+        name: replace(CRASH_KINDS, target=MATRIX_TARGETS[name])
+        for name in ("bookworm-i386", "trixie-amd64", "bookworm-arm64")
+    },
+}
+BY_KERNEL = ("native", "bookworm-i386", "trixie-amd64")
+
+
+@dataclass(frozen=True)
+class Crash:
+    """A core of crash_kinds, and what the program said."""
+
+    core: Path
+    truth: dict[str, int]
+    sysroot: Path | None
+    executable: Path
+
+    def open(self) -> Core:
+        return coreheap.open(self.core, sysroot=self.sysroot, executable=self.executable)
+
+    def report(self) -> Report:
+        with self.open() as core:
+            return coreheap.analyze(core, AnalysisOptions(leaks=False))
+
+    def context(self) -> CrashContext:
+        crash = self.report().crash
+        assert crash is not None
+        return crash
+
+
+Make = Callable[..., Crash]
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """``crashed(kind, program, *arguments)``: a core of that kind; made anew where ``run`` differs."""
+    made: dict[tuple[object, ...], Crash] = {}
+
+    def make(kind: str, program: str = "native", *arguments: str, run: int = 0) -> Crash:
+        key = (kind, program, arguments, run)
+        if key not in made:
+            made[key] = _run(PROGRAMS[program], (kind, *arguments), tmp_path_factory.mktemp(kind))
+        return made[key]
+
+    return make
+
+
+def _run(case: Case, arguments: tuple[str, ...], folder: Path) -> Crash:
+    if not cores._kernel_writes_cores_here():
+        pytest.skip("core_pattern sends cores elsewhere; as root: echo core > /proc/sys/kernel/core_pattern")
+    directory = cores.default_directory()
+    try:
+        executable = cores._build(case, directory)
+        runner = cores._runner(case, directory)
+    except cores.CannotMake as problem:
+        pytest.skip(str(problem))
+    command = cores._command_with_limits(case, [*runner, str(executable), *arguments], directory)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=60)
+    # The emulator writes the program's core and dies of the same signal, with a core of its own.
+    found = list(folder.glob("qemu_*.core" if case.target.is_emulated else "core*"))
+    assert done.returncode < 0, (done.returncode, done.stderr)
+    assert len(found) == 1, found
+    truth = {name: int(value, 16) for name, value in (line.split() for line in done.stdout.splitlines())}
+    sysroot = None
+    if case.target.release is not None:
+        sysroot = directory / "packages" / case.target.name / "sysroot"
+    return Crash(found[0], truth, sysroot, executable)
+
+
+def functions(crash: CrashContext) -> list[str]:
+    return [frame.symbol or "" for frame in crash.frames]
+
+
+FAULTS = {
+    "null": FaultKind.NULL,
+    "below_null": FaultKind.NULL,
+    "call_null": FaultKind.NULL,
+    "call_live": FaultKind.LIVE_CHUNK,
+    "call_freed": FaultKind.FREED_CHUNK,
+    "unmapped": FaultKind.UNMAPPED,
+    "past_mmapped": FaultKind.PAST_CHUNK_END,
+    "past_heap": FaultKind.PAST_CHUNK_END,
+    "read_only": FaultKind.READ_ONLY,
+    "register_freed": FaultKind.NULL,
+}
+
+
+@pytest.mark.parametrize("program", BY_KERNEL)
+@pytest.mark.parametrize("kind", FAULTS)
+def test_fault_is_named_for_what_lies_there(crashed: Make, kind: str, program: str) -> None:
+    made = crashed(kind, program)
+    crash = made.context()
+    assert (crash.signal_name, crash.signal) == ("SIGSEGV", 11)
+    assert crash.signal_code_name in ("SEGV_MAPERR", "SEGV_ACCERR")
+    assert crash.fault is not None
+    assert crash.fault.address == made.truth["fault"]
+    assert crash.fault.kind is FAULTS[kind], crash.fault
+    assert crash.sender_pid is None
+    assert crash.inside_malloc is False or kind.startswith("call_")
+    if kind in ("call_live", "call_freed", "past_mmapped"):
+        chunk = crash.fault.chunk
+        assert chunk is not None
+        assert chunk.payload_address == made.truth["chunk"]
+        assert crash.fault.offset == made.truth["fault"] - made.truth["chunk"]
+
+
+@pytest.mark.parametrize("program", ["native", "trixie-amd64"])
+def test_general_protection_is_explained_by_the_instruction(crashed: Make, program: str) -> None:
+    """The kernel tells no address for what is no address."""
+    made = crashed("non_canonical", program)
+    crash = made.context()
+    assert crash.signal_code_name == "SI_KERNEL"
+    assert crash.fault is not None
+    assert (crash.fault.kind, crash.fault.address) == (FaultKind.NON_CANONICAL, 0x4141414141414141)
+
+
+@pytest.mark.parametrize("arguments", [(), ("thread",)])
+@pytest.mark.parametrize("program", BY_KERNEL)
+def test_stack_overflow_is_seen_in_its_guard(crashed: Make, program: str, arguments: tuple[str, ...]) -> None:
+    crash = crashed("stack_overflow", program, *arguments).context()
+    assert crash.fault is not None
+    assert crash.fault.kind is FaultKind.STACK_GUARD
+    assert "overflowed" in crash.fault.description
+    assert crash.frames_end == "limit"
+    assert len(crash.frames) == 128
+    assert all(frame.is_certain for frame in crash.frames)
+    assert set(functions(crash)) == {"overflow"}
+
+
+@pytest.mark.parametrize("program", BY_KERNEL)
+def test_register_into_a_freed_chunk_is_noted(crashed: Make, program: str) -> None:
+    made = crashed("register_freed", program)
+    notes = [note for note in made.context().registers if note.place.address == made.truth["register"]]
+    assert {note.name for note in notes} & {"rbx", "esi"}
+    assert all(note.place.kind is FaultKind.FREED_CHUNK for note in notes)
+    assert all(note.place.offset == 40 for note in notes)
+
+
+ABORTS = {
+    # The stack is overwritten: who called is not known.
+    "smash": (AbortKind.STACK_SMASHING, "stack smashing detected", None),
+    "fortify": (AbortKind.FORTIFY, "buffer overflow detected", False),
+    "assert": (AbortKind.ASSERTION, "behind == NULL", False),
+    "double_free": (AbortKind.MALLOC, "double free", True),
+}
+
+
+@pytest.mark.parametrize("program", BY_KERNEL)
+@pytest.mark.parametrize("kind", ABORTS)
+def test_last_words_and_who_said_them(crashed: Make, kind: str, program: str) -> None:
+    expected, words, inside_malloc = ABORTS[kind]
+    crash = crashed(kind, program).context()
+    assert crash.signal_name == "SIGABRT"
+    assert crash.fault is None
+    assert crash.abort_message is not None
+    assert crash.abort_message.kind is expected
+    assert words in crash.abort_message.text
+    assert crash.inside_malloc is inside_malloc
+    assert ({"smash"} if kind == "smash" else {"crash", "first", "main"}) <= set(functions(crash))
+
+
+@pytest.mark.parametrize("program", BY_KERNEL)
+def test_sender_of_a_signal_is_named(crashed: Make, program: str) -> None:
+    made = crashed("kill", program)
+    report = made.report()
+    assert report.crash is not None
+    assert (report.crash.signal_code_name, report.crash.fault) == ("SI_USER", None)
+    assert report.crash.sender_pid == report.process.pid
+
+
+@pytest.mark.parametrize("program", BY_KERNEL)
+def test_signal_handlers_are_followed_back_to_what_was_interrupted(crashed: Make, program: str) -> None:
+    crash = crashed("handled_overflow", program).context()
+    names = functions(crash)
+    assert names.index("abort") < names.index("on_segv") < names.index("overflow")
+    interrupted = [frame for frame in crash.frames if frame.is_interrupted]
+    assert [frame.symbol for frame in interrupted] == ["overflow"]
+    assert all(frame.is_certain for frame in crash.frames)
+    # The core's signal is the handler's own; what happened is what it was called for.
+    assert (crash.signal_name, crash.handled_signal_name) == ("SIGABRT", "SIGSEGV")
+    assert crash.fault is not None
+    assert crash.fault.kind is FaultKind.STACK_GUARD
+    assert crash.signature_parts[3:] == ("frame crash_kinds overflow",) * 5
+
+
+STABLE = ("null", "call_freed", "past_mmapped", "double_free", "smash", "assert", "stack_overflow", "kill")
+
+
+@pytest.mark.parametrize("program", BY_KERNEL)
+def test_one_signature_for_one_kind_of_crash(crashed: Make, program: str) -> None:
+    """Two runs: other addresses, another process."""
+    signatures = {kind: [crashed(kind, program, run=run).context() for run in range(2)] for kind in STABLE}
+    for kind, (one, other) in signatures.items():
+        assert one.signature == other.signature, (kind, one.signature_parts, other.signature_parts)
+        assert one.lwp != other.lwp
+        assert len(one.signature) == 16
+    assert len({one.signature for one, _ in signatures.values()}) == len(STABLE)
+
+
+def test_signatures_say_the_same_without_randomised_addresses_and_threads(crashed: Make) -> None:
+    in_thread = [crashed("null", "native", "thread", run=run).context() for run in range(2)]
+    assert in_thread[0].signature == in_thread[1].signature
+    assert in_thread[0].signature_parts[:3] == crashed("null").context().signature_parts[:3]
+
+
+# ------------------------------------------------------------------------------------------------- against gdb
+
+GDB = shutil.which("gdb")
+GDB_SCRIPT = """
+import gdb
+frame = gdb.newest_frame()
+while frame is not None:
+    if frame.type() in (gdb.NORMAL_FRAME, gdb.SIGTRAMP_FRAME):
+        print("PC", hex(frame.pc()))
+    frame = frame.older()
+"""
+
+
+def gdb_frames(core: Core, folder: Path) -> list[int]:
+    """Program counters of gdb's backtrace, without frames of inlined functions; told where every module is."""
+    script = folder / "backtrace.py"
+    script.write_text(GDB_SCRIPT)
+    commands = ["set confirm off", f"core-file {core.path}"]
+    commands += [
+        f"add-symbol-file {module.elf_file.path} -o {module.load_bias:#x}"
+        for module in core.modules
+        if module.elf_file is not None and module.load_bias is not None
+    ]
+    commands += [
+        "set backtrace past-main on",
+        "set backtrace past-entry on",
+        "set backtrace limit 200",
+        f"source {script}",
+    ]
+    first = ["-iex", "set auto-load off", "-iex", "set debuginfod enabled off", "-iex", "set sysroot /nonexistent"]
+    arguments = [argument for command in commands for argument in ("-ex", command)]
+    done = subprocess.run(
+        [GDB or "gdb", "-nx", "-batch", *first, *arguments], capture_output=True, text=True, check=False, timeout=120
+    )
+    return [int(line.split()[1], 16) for line in done.stdout.splitlines() if line.startswith("PC ")]
+
+
+def assert_as_gdb(core: Core, folder: Path, *, whole: bool = True) -> None:
+    """Every frame that is certain is gdb's; ``whole``: and no frame of gdb's is missing."""
+    steps, end = unwind(core, core.threads[0])
+    certain = [step.program_counter for step in steps if step.is_certain]
+    theirs = gdb_frames(core, folder)
+    assert certain == theirs[: len(certain)]
+    if whole:
+        assert end in ("complete", "limit")
+        assert len(certain) == min(len(theirs), 128)
+
+
+needs_gdb = pytest.mark.skipif(GDB is None, reason="no gdb: apt-get install gdb")
+MATRIX_CASES = [
+    f"{target}/{case}"
+    for target in MATRIX_TARGETS
+    if not target.endswith("arm64")
+    for case in (
+        "crash_in_malloc_top",
+        "crash_in_malloc_unsorted",
+        "verdicts@altstack",
+        "threads_kept@segv",
+        "static_exe",
+    )
+]
+
+
+@needs_gdb
+@pytest.mark.parametrize("program", BY_KERNEL)
+@pytest.mark.parametrize("kind", ["null", "double_free", "smash", "fortify", "handled_overflow", "kill", "divide"])
+@pytest.mark.parametrize("arguments", [(), ("thread",)])
+def test_certain_frames_are_those_of_gdb(
+    crashed: Make, tmp_path: Path, kind: str, program: str, arguments: tuple[str, ...]
+) -> None:
+    with crashed(kind, program, *arguments).open() as core:
+        # Behind an overwritten stack gdb goes on with rubbish.
+        assert_as_gdb(core, tmp_path, whole=kind != "smash")
+
+
+@needs_gdb
+@pytest.mark.parametrize("name", MATRIX_CASES)
+def test_certain_frames_are_those_of_gdb_for_every_release(tmp_path: Path, name: str) -> None:
+    paths = core_or_skip(name)
+    sysroot = cores.default_directory() / "packages" / MATRIX[name].target.name / "sysroot"
+    with coreheap.open(paths.core, sysroot=sysroot, executable=paths.executable) as core:
+        assert_as_gdb(core, tmp_path)
+
+
+@pytest.mark.parametrize("target", [name for name in MATRIX_TARGETS if name.endswith("arm64")])
+@pytest.mark.parametrize(
+    "case", ["crash_in_malloc_top", "crash_in_malloc_unsorted", "verdicts@altstack", "threads_kept@segv"]
+)
+def test_two_ways_agree_on_arm64(case: str, target: str) -> None:
+    """qemu saves no build-ids, so files are not believed; frame pointers lead, which Debian's arm64 libraries keep. Told which
+    files they are, call frame information leads the same way, with certainty."""
+    paths = core_or_skip(f"{target}/{case}")
+    libraries = files_of(MATRIX[f"{target}/{case}"].target, cores.default_directory()).libraries
+    with coreheap.open(paths.core, sysroot=Path("/nonexistent")) as core:
+        guessed, end = unwind(core, core.threads[0])
+        assert end == "frame_pointers_end"
+        guesses = (FrameSource.REGISTERS, FrameSource.FRAME_POINTER)
+        assert all(step.source in guesses for step in guessed)
+        assert [step.is_certain for step in guessed] == [True] + [False] * (len(guessed) - 1)
+        for module in core.modules:
+            places = (Path(module.path), libraries / module.name, paths.executable.with_name(module.name))
+            module.elf_file = next((ElfFile.open(place) for place in places if place.is_file()), None)
+        steps, _ = unwind(core, core.threads[0])
+    followed = [step for step in steps if step.is_certain]
+    assert len(followed) > 4
+    assert [step.program_counter for step in followed] == [step.program_counter for step in guessed][: len(followed)]
+    assert len(followed) == len(guessed)
+
+
+# ------------------------------------------------------------------------------------------------- what is missing
+
+
+@pytest.mark.parametrize("program", BY_KERNEL)
+def test_without_files_little_is_certain_and_nothing_invented(crashed: Make, tmp_path: Path, program: str) -> None:
+    made = crashed("double_free", program)
+    with made.open() as core:
+        steps, _ = unwind(core, core.threads[0])
+    with coreheap.open(made.core, sysroot=tmp_path) as core:
+        crash = coreheap.analyze(core, AnalysisOptions(leaks=False)).crash
+    assert crash is not None
+    truth = [step.program_counter for step in steps]
+    certain = [frame.program_counter for frame in crash.frames if frame.is_certain]
+    assert certain == truth[: len(certain)]
+    # The vDSO's own information is in every core: i386 enters the kernel through it.
+    assert len(certain) <= 2
+    assert crash.inside_malloc is None
+    assert crash.abort_message is not None
+    assert crash.abort_message.kind is AbortKind.MALLOC
+
+
+def test_a_process_that_lived_has_no_crash() -> None:
+    with coreheap.open(core_or_skip("threads_kept@gcore").core) as core:
+        assert find_crash(core, None, find_stacks(core)) is None
+
+
+@pytest.mark.parametrize(("with_files", "most"), [(True, 0.3), (False, 0.05)])
+def test_a_crash_costs_little(tmp_path: Path, with_files: bool, most: float) -> None:
+    """In a process that has imported nothing yet for it: 300 ms with files, 50 ms without, twice that on a busy machine."""
+    path = core_or_skip("crash_in_malloc_top").core
+    sysroot = "None" if with_files else f"Path({str(tmp_path)!r})"
+    script = f"""
+import time, coreheap
+from pathlib import Path
+from coreheap.corefile.stacks import find_stacks
+from coreheap.crashes import find_crash
+with coreheap.open({str(path)!r}, sysroot={sysroot}) as core:
+    stacks = find_stacks(core)
+    core.modules
+    begin = time.process_time()
+    assert find_crash(core, None, stacks) is not None
+    print(time.process_time() - begin)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 2 * most
+
+
+def test_arm64_crashes_of_every_kind_are_told_without_siginfo(crashed: Make) -> None:
+    """qemu writes no NT_SIGINFO: no fault address; the frames and the message are there."""
+    crash = crashed("double_free", "bookworm-arm64").context()
+    assert crash.signal == signal.SIGABRT
+    assert crash.signal_code is None
+    assert crash.abort_message is not None
+    assert crash.abort_message.kind is AbortKind.MALLOC
+    assert len(crash.frames) > 5

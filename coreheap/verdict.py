@@ -205,7 +205,8 @@ def _heap_parts(
     Of free memory that makes up whole pages it is known what was in memory. The rest of what was must be live, or share a page with
     what is.
     """
-    of_arenas = _mapped(mappings, (MappingKind.MAIN_ARENA, MappingKind.ARENA_HEAP), doubts).resident
+    arenas = _mapped(mappings, (MappingKind.MAIN_ARENA, MappingKind.ARENA_HEAP), doubts)
+    of_arenas = arenas.resident
     in_bloat = [arena for arena in heap.arenas if bloated and not arena.is_main]
     others = [arena for arena in heap.arenas if not (bloated and not arena.is_main)]
     live = sum(heap.totals[state].chunk_bytes for state in (ChunkState.IN_USE, ChunkState.ALLOCATOR_OWN))
@@ -222,14 +223,15 @@ def _heap_parts(
         "arena_bloat": _free_residency(free_memory, in_bloat),
         "retained_free": _free_residency(free_memory, others),
     }
+    # Headers of sub-heaps, and what else the arenas' mappings have, are nobody's part.
+    beside = max(0, arenas.byte_count - sum(sizes.values()))
     bounds = {topic: known.get(topic) or (0, byte_count, byte_count) for topic, byte_count in sizes.items()}
     for topic, byte_count in sizes.items():
         resident = None
         if of_arenas is not None:
             rest = [bound for other, bound in bounds.items() if other != topic]
-            low = max(bounds[topic][0], of_arenas[0] - sum(proven for _, _, proven in rest))
+            low = max(bounds[topic][0], of_arenas[0] - beside - sum(proven for _, _, proven in rest))
             high = min(bounds[topic][1], byte_count, of_arenas[1] - sum(low for low, _, _ in rest))
-            # Headers of sub-heaps and what the arenas' mappings have besides are nobody's part.
             resident = min(low, max(high, 0)), max(high, 0)
         yield topic, _Part(byte_count, resident, doubts)
     mmapped = _mapped(mappings, (MappingKind.MMAPPED_CHUNK,), doubts)

@@ -32,6 +32,7 @@ BLOAT, RETAINED, ABORT, OTHER, PARTIAL, LEAK, RATCHET, PINNED, FRAGMENTED, HOARD
     "FRAGMENTATION",
     "TCACHE-HOARD",
 )
+OVERFLOW, WRITTEN, LOCKED = "CORRUPTION-OVERFLOW", "USE-AFTER-FREE", "ALLOCATOR-LOCKED"
 EXPECTED = {
     "plain_small": {LEAK},
     "threads_small": {LEAK},
@@ -55,9 +56,9 @@ EXPECTED = {
     "ratchet@late": {RATCHET},  # what it retains was never touched
     "stacks": {"STACK-MEMORY"},
     "abort_double_free": {ABORT, LEAK},
-    "crash_in_malloc_top": {ABORT, LEAK},
-    "crash_in_malloc_next_size": {ABORT, LEAK},
-    "crash_in_malloc_unsorted": {LEAK},
+    "crash_in_malloc_top": {ABORT, LEAK, OVERFLOW, LOCKED},
+    "crash_in_malloc_next_size": {ABORT, LEAK, OVERFLOW, LOCKED},
+    "crash_in_malloc_unsorted": {LEAK, WRITTEN, LOCKED},
     "other_allocator_jemalloc": {OTHER},
     "other_allocator_tcmalloc": {OTHER},
     "other_allocator_mimalloc": {OTHER},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -289,7 +290,8 @@ def test_in_a_damaged_heap_nothing_that_is_counted_by_chunks_is_certain(name: st
     for topic in ("in_use", "retained_free", *({"not_malloc"} & by_topic.keys())):
         assert by_topic[topic].confidence.rank <= Confidence.STRONG.rank, topic
         assert any("contradictions" in reason for reason in by_topic[topic].weakened_by), topic
-    assert by_topic["thread_stacks"].confidence is Confidence.CERTAIN
+    assert by_topic["thread_stacks"].confidence.rank >= Confidence.PLAUSIBLE.rank
+    assert set(by_topic["thread_stacks"].weakened_by) <= set(of_residency(by_topic["thread_stacks"].weakened_by))
     (leak,) = [finding for finding in report.findings if finding.code == "LEAK"]
     # The crash was within malloc: the arena is locked as well.
     assert leak.confidence is Confidence.WEAK
@@ -298,12 +300,20 @@ def test_in_a_damaged_heap_nothing_that_is_counted_by_chunks_is_certain(name: st
     assert any("locked" in reason for reason in leak.weakened_by)
 
 
+def of_residency(reasons: Iterable[str]) -> list[str]:
+    """Doubts about what was in memory, not about what it is."""
+    return [reason for reason in reasons if "holes of the file" in reason or "surely in memory" in reason]
+
+
 @pytest.mark.parametrize("name", ["plain_small", "threads_kept"])
 def test_in_a_sound_heap_nothing_is_weakened(name: str, tmp_path: Path) -> None:
     report = analyse(core_of(name).core, tmp_path)
     items = [item for item in report.verdict if item.whole == "writable_private"]
-    assert {item.confidence for item in items} == {Confidence.CERTAIN}
-    assert {item.weakened_by for item in items} == {()}
+    for item in items:
+        # How much of it was in memory is another question, which the holes of the core alone can answer.
+        assert list(item.weakened_by) == of_residency(item.weakened_by)
+        assert item.confidence.rank >= Confidence.STRONG.rank
+        assert (item.confidence is Confidence.CERTAIN) == (not item.weakened_by)
     (leak,) = [finding for finding in report.findings if finding.code == "LEAK"]
     assert leak.confidence is Confidence.STRONG
     assert len(leak.weakened_by) == 1

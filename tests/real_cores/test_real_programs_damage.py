@@ -287,7 +287,7 @@ def test_killed_at_any_moment_it_is_no_damage(name: str, tmp_path: Path) -> None
 def open_to_others(directory: Path) -> None:
     """The folders that pytest makes are this user's alone."""
     for folder in (directory, *directory.parents):
-        if folder.stat().st_uid == os.geteuid() and folder.name.startswith(("pytest-", "test_")):
+        if folder.stat().st_uid == os.geteuid() and folder.name.startswith(("pytest-", "popen-", "test_")):
             folder.chmod(0o755)
 
 

@@ -56,7 +56,7 @@ def test_kinds_mappings_and_the_report_say_the_same(capsys: pytest.CaptureFixtur
         )
     assert main(["analyze", CORE, "--json", "--no-leaks", "-q"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["mappings"] == {"residency": "zero_pages", "kinds": kinds}
+    assert report["mappings"] == {"residency": "zero_pages", "residency_confidence": "certain", "kinds": kinds}
     ledger = report["ledger"]
     assert ledger["bytes"] == total(kinds, "reserved_bytes")
     for column in SUMS[1:]:

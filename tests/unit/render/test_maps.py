@@ -140,7 +140,8 @@ def test_csv_has_no_control_characters_and_says_the_same_as_json() -> None:
 
 
 def test_the_report_has_the_same_sums() -> None:
-    assert maps.mappings_value(REPORT) == {"residency": "holes", "kinds": grouped(REPORT)}
+    value = {"residency": "holes", "residency_confidence": "certain", "kinds": grouped(REPORT)}
+    assert maps.mappings_value(REPORT) == value
     assert maps.mappings_value(BARE) is None
 
 

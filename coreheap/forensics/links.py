@@ -5,11 +5,6 @@ Knows: how each of these looks in the links of a list. Does not know: headers (`
 
 from __future__ import annotations
 
-from collections import Counter
-from functools import cached_property
-
-import numpy as np
-
 from coreheap.damage import DamagedPlace, DamageKind, Pattern, PatternKind, Repair
 from coreheap.evidence import Anomaly, Strength
 from coreheap.forensics.culprits import Told, differing
@@ -17,13 +12,12 @@ from coreheap.forensics.patterns import Foreign, PatternReader
 from coreheap.forensics.places import FLAGS, Places
 from coreheap.forensics.suspicion import Suspicion
 from coreheap.heap import BINNED_STATES, LISTED_FREE_STATES, ChunkState, FreeList
-from coreheap.kernels import chunk_extents
 from coreheap.quantities import AddressRange
 
-KEYS_SAMPLED = 64
 TWO_SIDED = frozenset(
     {
         "tcache_entry_without_count",
+        "tcache_count_too_high",
         "list_count_mismatch",
         "system_mem_damaged",
         "more_than_system_mem",
@@ -33,6 +27,8 @@ TWO_SIDED = frozenset(
     }
 )
 """Codes of contradictions that either of two values can be the cause of."""
+
+LEADS_NOWHERE = frozenset({"list_not_a_chunk_start", "list_misaligned", "list_wrong_state", "list_already_listed"})
 
 LEADS_WRONG = ("list_not_a_chunk_start", "list_wrong_state")
 
@@ -112,7 +108,7 @@ class LinkReader:
             return None
         if not self._is_known_otherwise(payload):
             return None
-        has_key = free_list.kind is ChunkState.TCACHE and key is not None and key in self._keys
+        has_key = free_list.kind is ChunkState.TCACHE and key is not None and key in self.patterns.keys
         inside = self.places.chunk_holding(payload)
         told = Told(
             DamageKind.INVALID_FREE,
@@ -135,16 +131,6 @@ class LinkReader:
             return self.places.state(chunk) is ChunkState.IN_USE
         target = self.patterns.target_of(address)
         return target is not None and target not in ("a chunk", "other memory")
-
-    @cached_property
-    def _keys(self) -> frozenset[int]:
-        """What word 1 of cached blocks holds in the most of them, and the addresses of tcache structures (2.29-2.33)."""
-        index = self.places.index
-        rows = np.flatnonzero(index.state == ChunkState.TCACHE)[:KEYS_SAMPLED].astype(np.int64)
-        headers = chunk_extents(index, rows)[0].tolist()
-        words = Counter(self.places.word(header + 3 * self.word) for header in headers)
-        common = {key for key, count in words.most_common(1) if key and 2 * count > len(headers) and count > 1}
-        return frozenset(common) | {cache.address for cache in self.places.heap.thread_caches}
 
     # Written after free
 
@@ -270,6 +256,10 @@ class LinkReader:
         statement = "malloc's own data contradict each other"
         if suspicion.codes <= TWO_SIDED:
             told.doubt("two of malloc's values contradict each other, and which of them is wrong is not known")
+        if suspicion.place is DamagedPlace.TCACHE_STRUCTURE and suspicion.codes & LEADS_NOWHERE:
+            told.doubt(
+                "the head may be the link of a block that was written to after it was freed and was given out since"
+            )
         told.hold(statement if expected is None else f"{statement}; one value would be right", Strength.SOLID, words[0])
         return told
 

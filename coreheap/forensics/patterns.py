@@ -6,13 +6,18 @@ than this module.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from coreheap.corefile import Core
 from coreheap.damage import Pattern, PatternKind
 from coreheap.errors import MemoryFault
-from coreheap.heap import HeapSnapshot
+from coreheap.heap import BINNED_STATES, ChunkState, HeapSnapshot
+from coreheap.kernels import chunk_extents
 
 REACH_LIMIT = 1 << 16
 """Bytes of foreign content that are followed."""
@@ -20,6 +25,7 @@ SMALL_NUMBER_LIMIT = 1 << 16
 READ_AT_ONCE = 4096
 SHORTEST_TEXT = 3
 """Fewer printable bytes are as likely a number."""
+KEYS_SAMPLED = 64
 CONTROL_IN_TEXT = b"\t\n\r"
 
 
@@ -67,11 +73,13 @@ class PatternReader:
             return Foreign(
                 PatternKind.TEXT,
                 self._run(address, -1, is_text),
-                0 if ends_here else self._run(address + length, 1, is_text),
+                0 if ends_here else self._run_behind(address + length, is_text),
             )
         if len(content) > 1 and len(set(content)) == 1:
             same = _equals(content[0])
-            return Foreign(PatternKind.FILL_BYTE, self._run(address, -1, same), self._run(address + length, 1, same))
+            return Foreign(
+                PatternKind.FILL_BYTE, self._run(address, -1, same), self._run_behind(address + length, same)
+            )
         if length < self._word:
             return Foreign(PatternKind.OTHER, self._run(address, -1, _equals(content[0])), 0)
         value = int.from_bytes(content[: self._word], "little")
@@ -148,6 +156,38 @@ class PatternReader:
             if fitting < READ_AT_ONCE:
                 break
         return count
+
+    def _run_behind(self, address: int, fits: Callable[[int], bool]) -> int:
+        """How many bytes fit from an address on, up to the first whole word that is still what malloc wrote.
+
+        The first bytes of such a word may fit by chance.
+        """
+        count = self._run(address, 1, fits)
+        first = address + -address % self._word
+        for place in range(first, address + count, self._word):
+            content = self._bytes(place, self._word)
+            if len(content) == self._word and self._is_mallocs(int.from_bytes(content, "little")):
+                return place - address
+        return count
+
+    def _is_mallocs(self, value: int) -> bool:
+        """Whether a word is a key of cached blocks, or leads to the header of a chunk on a bin."""
+        if value in self.keys:
+            return True
+        index = self._heap.chunks.index
+        chunk = index.chunk_starting_at(value)
+        return chunk >= 0 and index.state[chunk] in BINNED_STATES
+
+    @cached_property
+    def keys(self) -> frozenset[int]:
+        """What word 1 of cached blocks holds in the most of them, and the addresses of tcache structures (2.29-2.33)."""
+        index = self._heap.chunks.index
+        rows = np.flatnonzero(index.state == ChunkState.TCACHE)[:KEYS_SAMPLED].astype(np.int64)
+        places = (chunk_extents(index, rows)[0] + np.uint64(3 * self._word)).tolist()
+        words = Counter(self._bytes(place, self._word) for place in places)
+        common = {key for key, count in words.most_common(1) if any(key) and 2 * count > len(places) and count > 1}
+        known = frozenset(int.from_bytes(key, "little") for key in common)
+        return known | {cache.address for cache in self._heap.thread_caches}
 
     def _run_of_words(self, address: int, fits: Callable[[int], bool]) -> int:
         """How many bytes of whole words directly before an address fit."""

@@ -53,6 +53,7 @@ OF_A_STRUCTURE = {
     "mmapped_bytes_mismatch": DamagedPlace.MALLOC_PAR,
     "mmapped_header_damaged": DamagedPlace.MMAPPED_HEADER,
     "tcache_entry_without_count": DamagedPlace.TCACHE_STRUCTURE,
+    "tcache_count_too_high": DamagedPlace.TCACHE_STRUCTURE,
     "list_count_mismatch": DamagedPlace.TCACHE_STRUCTURE,
 }
 
@@ -61,7 +62,14 @@ LEADS_SOMEWHERE = frozenset({"list_not_a_chunk_start", "list_broken_back_link", 
 CONTENT = frozenset({"fastbin_content_changed", "bin_content_changed"})
 
 CONSEQUENCES = frozenset(
-    {"list_count_mismatch", "free_unlisted", "more_than_system_mem", "list_not_sorted", "top_not_reached"}
+    {
+        "list_count_mismatch",
+        "tcache_count_too_high",
+        "free_unlisted",
+        "more_than_system_mem",
+        "list_not_sorted",
+        "top_not_reached",
+    }
 )
 """Codes that follow from another damage of the same list or arena, where there is one."""
 
@@ -267,7 +275,8 @@ def _of_link(places: Places, made: Suspicion, anomaly: Anomaly) -> None:
     if state is ChunkState.ALLOCATOR_OWN:
         made.place = DamagedPlace.TCACHE_STRUCTURE
     elif state in LINK_PLACES or state in (ChunkState.FREE_UNLISTED, ChunkState.DAMAGED, ChunkState.IN_USE):
-        made.place = LINK_PLACES.get(state, DamagedPlace.BIN_LINK)
+        is_cached = anomaly.expected.startswith(ChunkState.TCACHE.label)
+        made.place = DamagedPlace.TCACHE_LINK if is_cached else LINK_PLACES.get(state, DamagedPlace.BIN_LINK)
         made.header = places.extent(holder)[0]
 
 

@@ -223,10 +223,13 @@ class Integrity:
         if copy.parameters is None:
             return
         values, fields, address = copy.parameters.values, self.layout.parameters, copy.parameters.address
+        mapped = len(self.walk.index.mmapped)
         powers = (0, *(1 << bit for bit in range(12, LARGEST_PAGE_BYTES.bit_length())))
 
         def limits() -> Iterator[tuple[str, bool, str]]:
-            yield "max_n_mmaps", values["n_mmaps"] <= values["max_n_mmaps"], "at least n_mmaps"
+            # Of the two the one that the headers contradict is wrong.
+            name = "n_mmaps" if mapped <= values["max_n_mmaps"] else "max_n_mmaps"
+            yield name, values["n_mmaps"] <= values["max_n_mmaps"], "n_mmaps at most max_n_mmaps"
             yield "max_mmapped_mem", values["mmapped_mem"] <= values["max_mmapped_mem"], "at least mmapped_mem"
             yield "no_dyn_threshold", values["no_dyn_threshold"] <= 1, "0 or 1"
             for name in ("thp_pagesize", "hp_pagesize"):
@@ -259,6 +262,8 @@ class Integrity:
         if fields is None:
             return
         counts, entries = cache.state.counts, cache.state.entries
+        follows = self.layout.generation.tcache_follows_counts
+        code = "tcache_count_too_high" if follows else "tcache_entry_without_count"
         if self.layout.generation.tcache_counts_free_slots:
             if tcache_count is None:
                 return
@@ -271,7 +276,7 @@ class Integrity:
             place = cache.address + fields.offset("counts") + number * fields.fields["counts"].element_bytes
             self._note(
                 Anomaly(
-                    "tcache_entry_without_count",
+                    code,
                     cache.address,
                     f"tcache {number}: {wanted}, the count of an empty list",
                     f"{int(counts[number])}",

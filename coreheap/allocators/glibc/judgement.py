@@ -78,7 +78,7 @@ class Judge:
         rule = RULES.get(anomaly.code, UNKNOWN_RULE)
         facts = self.arenas[anomaly.arena] if anomaly.arena is not None else None
         locked = facts.state.mutex != 0 if facts is not None and facts.state is not None else None
-        confidence = rule.confidence
+        confidence = min(rule.confidence, anomaly.confidence, key=lambda level: level.rank)
         if self._may_be_of_the_moment(moment or rule.moment, locked, thread, facts is not None):
             confidence = min(confidence, Confidence.PLAUSIBLE, key=lambda level: level.rank)
         message = anomaly.message or message_for(anomaly.code, place, self.layout.generation, self.release)

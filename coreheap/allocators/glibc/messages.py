@@ -211,6 +211,7 @@ RULES: dict[str, Rule] = {
     "mmapped_header_damaged": Rule(Confidence.STRONG, Moment.NEVER),
     "mmapped_count_mismatch": Rule(Confidence.PLAUSIBLE, Moment.BETWEEN_STEPS),
     "mmapped_bytes_mismatch": Rule(Confidence.PLAUSIBLE, Moment.BETWEEN_STEPS),
+    "tcache_count_too_high": Rule(Confidence.STRONG, Moment.BETWEEN_STORES),
     "tcache_entry_without_count": Rule(Confidence.STRONG, Moment.BETWEEN_STORES),
     "fastbin_content_changed": Rule(Confidence.STRONG, Moment.BETWEEN_STORES),
     "bin_content_changed": Rule(Confidence.PLAUSIBLE, Moment.BETWEEN_STEPS),

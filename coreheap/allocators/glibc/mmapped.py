@@ -48,11 +48,13 @@ def find_mmapped(
     excluded: list[tuple[int, int]],
     n_mmaps: int | None,
     mmapped_mem: int | None,
+    counter_places: tuple[int, int] | None = None,
 ) -> MmappedFindings:
     """Chunks with mappings of their own in anonymous memory outside ``excluded``.
 
     Looks only at pages that the core file has content for. Where more headers fit than n_mmaps counts, the surplus is
-    dropped when mp_'s counters leave one choice only; otherwise all are kept and the contradiction is an anomaly. A
+    dropped when mp_'s counters leave one choice only; otherwise all are kept and the contradiction is an anomaly, which
+    names the counter at ``counter_places`` (of n_mmaps and mmapped_mem, None where there are several copies of malloc). A
     mapping that was not saved to its end is left out with a gap: memalign may have put the chunk's header further in.
     """
     found = _headers_that_fit(core, layout, excluded)
@@ -89,9 +91,14 @@ def find_mmapped(
         missing = _damaged_header(core, layout, excluded, found, mmapped_mem - total)
         if missing is not None:
             return MmappedFindings(_with_row(found, missing, layout), (missing.anomaly,), tuple(evidence), gaps)
+    if n_mmaps == len(found) and mmapped_mem is not None and not gaps:
+        missing_bytes = mmapped_mem - total
+        repaired = _with_one_bit_repaired(core, excluded, found, missing_bytes - missing_bytes % core.page_bytes)
+        if repaired is not None:
+            return MmappedFindings(repaired[0], (repaired[1],), tuple(evidence), gaps)
     return MmappedFindings(
         found,
-        _contradictions(found, n_mmaps, mmapped_mem if exact else None) if not gaps else (),
+        _contradictions(found, n_mmaps, mmapped_mem if exact else None, counter_places) if not gaps else (),
         tuple(evidence),
         gaps,
     )
@@ -154,6 +161,48 @@ def _damaged_header(
         header_address=header,
     )
     return _Missing(chosen[0], missing_bytes, anomaly)
+
+
+def _with_one_bit_repaired(
+    core: Core, excluded: list[tuple[int, int]], found: MmappedChunks, missing_bytes: int
+) -> tuple[MmappedChunks, Anomaly] | None:
+    """The table with the one size word mended of which one bit keeps the mappings from what mmapped_mem counts.
+
+    None where it is not one bit, or where not exactly one chunk ends with that bit at the end of memory that nothing else
+    has. A bit too many is not looked for: mremap_chunk writes the larger size before it counts it.
+    """
+    if missing_bytes <= 0 or missing_bytes.bit_count() != 1 or missing_bytes % core.page_bytes:
+        return None
+    taken = zip(found.mapping_start.tolist(), (found.mapping_start + found.mapping_bytes).tolist(), strict=True)
+    free = np.array(anonymous_ranges(core, [*excluded, *taken]), np.uint64).reshape(-1, 2)
+    ends = found.mapping_start + found.mapping_bytes
+    gap = np.searchsorted(free[:, 0], ends)
+    inside = gap < len(free)
+    inside[inside] = (free[gap[inside], 0] == ends[inside]) & (
+        free[gap[inside], 1] == ends[inside] + np.uint64(missing_bytes)
+    )
+    rows = np.flatnonzero(inside & (found.chunk_bytes & np.uint64(missing_bytes) == 0)).tolist()
+    rows = [row for row in rows if core.memory.is_saved(int(ends[row]), int(ends[row]) + missing_bytes)]
+    if len(rows) != 1:
+        return None
+    header = int(found.header_address[rows[0]])
+    observed = int(core.memory.read_word(header + core.word_bytes))
+    added = np.zeros(len(found), np.uint64)
+    added[rows[0]] = missing_bytes
+    table = MmappedChunks(
+        found.header_address, found.mapping_start, found.mapping_bytes + added, found.chunk_bytes + added
+    )
+    return table, Anomaly(
+        "mmapped_header_damaged",
+        header,
+        f"the header of an mmapped chunk that fills its mapping of {format_bytes(int(table.mapping_bytes[rows[0]]))}, as"
+        " mp_.mmapped_mem counts it",
+        f"size word {observed:#x}",
+        word_address=header + core.word_bytes,
+        observed_word=observed,
+        expected_word=observed | missing_bytes,
+        header_address=header,
+    )
 
 
 def _with_row(found: MmappedChunks, missing: _Missing, layout: Layout) -> MmappedChunks:
@@ -290,7 +339,9 @@ def _unpointed(memory: AddressSpace, payload: npt.NDArray[np.uint64]) -> npt.NDA
     return ~seen
 
 
-def _contradictions(found: MmappedChunks, n_mmaps: int | None, mmapped_mem: int | None) -> tuple[Anomaly, ...]:
+def _contradictions(
+    found: MmappedChunks, n_mmaps: int | None, mmapped_mem: int | None, places: tuple[int, int] | None
+) -> tuple[Anomaly, ...]:
     """What does not agree with mp_: the count, and the bytes where the release keeps them exactly."""
     place = int(found.header_address[0]) if len(found) else 0
     if n_mmaps is not None and len(found) != n_mmaps:
@@ -300,6 +351,9 @@ def _contradictions(found: MmappedChunks, n_mmaps: int | None, mmapped_mem: int 
                 place,
                 f"{n_mmaps} mmapped chunks (mp_.n_mmaps)",
                 f"{len(found)} headers that fit",
+                word_address=places[0] if places is not None else None,
+                observed_word=n_mmaps,
+                expected_word=len(found),
             ),
         )
     total = int(found.mapping_bytes.sum())
@@ -310,6 +364,9 @@ def _contradictions(found: MmappedChunks, n_mmaps: int | None, mmapped_mem: int 
                 place,
                 f"{format_bytes(mmapped_mem)} in mmapped chunks (mp_.mmapped_mem)",
                 f"mappings of {format_bytes(total)}",
+                word_address=places[1] if places is not None else None,
+                observed_word=mmapped_mem,
+                expected_word=total,
             ),
         )
     return ()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from coreheap.allocators.glibc.arenas import ArenaFacts
-from coreheap.allocators.glibc.gathering import words_at
+from coreheap.allocators.glibc.cached_links import CachedLinks, Popped, common_key
 from coreheap.allocators.glibc.judgement import PREV_INUSE, Judge
 from coreheap.allocators.glibc.messages import Moment
 from coreheap.allocators.glibc.records import BIN_COUNT, Layout, UInt64s
@@ -19,7 +19,7 @@ from coreheap.allocators.glibc.tcache import Cache
 from coreheap.allocators.glibc.walk import ANOMALIES_KEPT, HeapWalk
 from coreheap.corefile import Core
 from coreheap.errors import MemoryFault
-from coreheap.evidence import Anomaly, Gap
+from coreheap.evidence import Anomaly, Confidence, Gap
 from coreheap.heap import FreeList
 from coreheap.kernels import (
     NO_WORD,
@@ -79,9 +79,8 @@ END_ERRORS = frozenset(
 )
 """Errors of a link behind which no chunk of the list follows, where malloc's own count says so."""
 
-KEY_SAMPLES = 3
-"""Cached blocks that must agree on a key that nothing else tells."""
-KEY_STEPS = 16
+ODD_NODES = frozenset({ListError.NOT_A_CHUNK_START, ListError.ALREADY_LISTED, ListError.WRONG_STATE})
+"""Errors of a node that is no free chunk of the list's own, but may have been put on it by a free."""
 
 
 @dataclass(slots=True)
@@ -152,6 +151,7 @@ class Overlay:
         """Lists of which chunks may be missing: arena (None: a tcache), kind, number."""
         self._own: list[tuple[int, int]] = []
         self._slots: int | None = None
+        self._links = CachedLinks(core.memory, self.index, layout)
 
     def bins(self, arenas: tuple[ArenaFacts, ...]) -> None:
         """Unsorted, small and large bins of every arena whose malloc_state was saved."""
@@ -237,27 +237,40 @@ class Overlay:
                     cache.address + fields.offset("counts") + bin_number * fields.fields["counts"].element_bytes,
                     cache.thread,
                 )
-        self._follow(
+        first_list = len(self.lists)
+        outcome = self._follow(
             columns, ListKind.SINGLY_PAYLOAD, self.layout.generation.safe_linking, keys=np.array(keys, np.uint64)
         )
+        if outcome is not None:
+            self._go_on_behind_odd_nodes(columns, outcome, keys, first_list)
+
+    def _go_on_behind_odd_nodes(
+        self, columns: ListColumns, outcome: OverlayOutcome, keys: list[int], first_list: int
+    ) -> None:
+        """As glibc does, follow a tcache list over a node that is no chunk of its own, where malloc's count bears it out."""
+        for row, code, address, _holder, position, _place, _wanted in outcome.errors.tolist():
+            if ListError(code) not in ODD_NODES:
+                continue
+            is_header = ListError(code) is not ListError.NOT_A_CHUNK_START
+            node = address + (self.geometry.header_bytes if is_header else 0)
+            sizes = columns.low[row], columns.high[row]
+            chunks = self._links.blocks_behind(node, sizes, keys[row], columns.expected[row] - position - 1)
+            if chunks:
+                rows = np.array(chunks, np.int64)
+                self.index.state[rows] = columns.state[row]
+                known = self.lists[first_list + row]
+                more_bytes = int(chunk_extents(self.index, rows)[1].sum())
+                self.lists[first_list + row] = replace(
+                    known, count=known.count + len(chunks), chunk_bytes=known.chunk_bytes + more_bytes
+                )
 
     def _random_key(self, caches: list[Cache], key_place: int | None) -> int:
         """tcache_key (2.34+): what most cached blocks hold in their second word, else what libc's variable holds."""
         if self.layout.generation.tcache_key is not TcacheKey.RANDOM_WORD or not caches:
             return NO_WORD
-        words: list[UInt64s] = [np.zeros(0, np.uint64)]
-        nodes = np.concatenate([cache.state.entries for cache in caches])
-        for _ in range(KEY_STEPS):
-            nodes = nodes[nodes != 0]
-            links, saved = words_at(self.memory, nodes)
-            key, key_saved = words_at(self.memory, nodes + np.uint64(self.geometry.word_bytes))
-            words.append(key[saved & key_saved])
-            nodes = np.unique(links[saved] ^ (nodes[saved] >> np.uint64(12)))
-        values, counts = np.unique(np.concatenate(words), return_counts=True)
-        if len(values):
-            most = int(counts.argmax())
-            if counts[most] >= KEY_SAMPLES and 2 * counts[most] > counts.sum() and values[most]:
-                return int(values[most])
+        common = common_key(self.memory, np.concatenate([cache.state.entries for cache in caches]))
+        if common:
+            return common
         stored = self.judge.word_at(key_place) if key_place is not None else None
         return stored or NO_WORD
 
@@ -285,9 +298,9 @@ class Overlay:
         safe_linking: bool,
         keys: UInt64s | None = None,
         size_links_from: int = 0,
-    ) -> None:
+    ) -> OverlayOutcome | None:
         if not columns.heads:
-            return
+            return None
         outcome = overlay_free_lists(
             self.map,
             self.index,
@@ -305,6 +318,7 @@ class Overlay:
             size_links_from,
         )
         self._record(columns, outcome)
+        return outcome
 
     def _record(self, columns: ListColumns, outcome: OverlayOutcome) -> None:
         for row, (arena, cache, number) in enumerate(columns.origin):
@@ -334,6 +348,10 @@ class Overlay:
             expected, observed = LIST_ERROR_TEXTS[error]
             arena, _cache, number = columns.origin[row]
             where = f"{ChunkState(columns.state[row]).label} {number}"
+            if error is ListError.BROKEN_BACK_LINK and self._is_unknown_memory(self.judge.word_at(place)):
+                # From its other end a list is followed up to what the core does not hold, as it was from this one.
+                self.anomaly_count -= 1
+                continue
             if self._leads_to_unknown_memory(error, address):
                 self.anomaly_count -= 1
                 self.gaps.append(
@@ -357,6 +375,14 @@ class Overlay:
                 address, observed = columns.sentinel[row], f"fd {format_address(columns.heads[row])}"
             anomaly = Anomaly(code_name, address, f"{where}: {expected}", f"{observed}{source}", arena)
             anomaly = self._with_words(anomaly, error, columns, outcome, row, position, place, wanted)
+            counted = columns.expected[row]
+            if (
+                error is ListError.COUNT_MISMATCH
+                and self.layout.generation.tcache_follows_counts
+                and counted > position
+            ):
+                # malloc takes its word for it and goes on behind the last block.
+                anomaly = replace(anomaly, code="tcache_count_too_high")
             # A link that no release ever stores is there at no moment.
             never = error in LINK_ERRORS and not self._is_own_place(anomaly, error, address)
             self.anomalies.append(
@@ -401,12 +427,33 @@ class Overlay:
             # malloc's count says that the list ended here: a null link, which safe linking stores as the word's own place.
             safe = self.layout.generation.safe_linking and place
             expected = place >> SAFE_LINKING_SHIFT if safe else 0
+        leads_nowhere = error in (ListError.MISALIGNED, ListError.NOT_A_CHUNK_START)
+        if not place and leads_nowhere and columns.state[row] == ChunkState.TCACHE and stored:
+            popped = self._links.popped_block(stored, (columns.low[row], columns.high[row]))
+            if popped is not None:
+                return self._of_popped(anomaly, popped)
         return replace(
             anomaly,
             word_address=place or columns.head_places[row],
             observed_word=stored,
             expected_word=expected,
             header_address=header,
+        )
+
+    def _of_popped(self, anomaly: Anomaly, popped: Popped) -> Anomaly:
+        """The anomaly of a head that malloc took from a block that was written to while it was cached."""
+        confidence = anomaly.confidence
+        may_be_freed = anomaly.code != "list_misaligned" and self.memory.region_index(anomaly.address) is not None
+        if may_be_freed or not self.layout.generation.safe_linking:
+            # Freed there, it is a sound link that the block still holds; without safe linking the program may have the word twice.
+            confidence = min(confidence, Confidence.PLAUSIBLE, key=lambda level: level.rank)
+        return replace(
+            anomaly,
+            observed=f"{anomaly.observed}, as the link of a block that malloc has given out since",
+            word_address=popped.place,
+            observed_word=popped.word,
+            header_address=popped.header,
+            confidence=confidence,
         )
 
     def _recorded(self, columns: ListColumns, row: int) -> int | None:
@@ -446,9 +493,13 @@ class Overlay:
 
     def _leads_to_unknown_memory(self, error: ListError, address: int) -> bool:
         """Whether an error only says that the list's next chunk is where the core holds nothing that could be walked."""
-        if error is ListError.NOT_SAVED:
-            return True
-        return error is ListError.NOT_A_CHUNK_START and (
+        return error is ListError.NOT_SAVED or (
+            error is ListError.NOT_A_CHUNK_START and self._is_unknown_memory(address)
+        )
+
+    def _is_unknown_memory(self, address: int | None) -> bool:
+        """Whether the process had memory at an address of which the core shows no chunks."""
+        return address is not None and (
             any(address in part for part in self.left_out)
             or (
                 self.memory.region_index(address) is not None

@@ -45,7 +45,8 @@ class GlibcAllocator:
         excluded += [
             (heap.address, heap.address + arena.heap_max) for arena in survey.arenas for heap in arena.sub_heaps
         ]
-        mmapped = find_mmapped(core, layout, excluded, _of_all(copies, "n_mmaps"), _of_all(copies, "mmapped_mem"))
+        counts = _of_all(copies, "n_mmaps"), _of_all(copies, "mmapped_mem")
+        mmapped = find_mmapped(core, layout, excluded, *counts, _counter_places(copies))
         hidden: tuple[int, ...] = ()
         while True:
             walker = HeapWalker(core, layout, list(memory.stretches), lambda: _listed(core, copies, survey), hidden)
@@ -91,6 +92,15 @@ def _of_all(copies: Copies, name: str) -> int | None:
     """The sum of a counter in mp_ over all copies; None where one of them was not found."""
     known = [copy.parameters.values[name] for copy in copies.found if copy.parameters is not None]
     return sum(known) if len(known) == len(copies.found) else None
+
+
+def _counter_places(copies: Copies) -> tuple[int, int] | None:
+    """Where n_mmaps and mmapped_mem lie; None with several copies of malloc, of which any may be wrong."""
+    parameters = copies.found[0].parameters
+    if len(copies.found) != 1 or parameters is None:
+        return None
+    fields = copies.found[0].layout.parameters
+    return parameters.address + fields.offset("n_mmaps"), parameters.address + fields.offset("mmapped_mem")
 
 
 def _listed(core: Core, copies: Copies, survey: ArenaSurvey) -> ListedChunks:

@@ -87,6 +87,7 @@ class Generation:
     ``arena_limit``: ``per_cpu`` (arenas_per_cpu x CPUs once arena_test is passed), ``cpus`` (2.44: max(CPUs,
     arena_test)) or ``none``. ``i386_word_class``: MALLOC_ALIGNMENT on i386 was 8 up to 2.25. ``mmapped_trailer_words``: words of an mmapped chunk's mapping that its size leaves out.
     ``tcache_may_count_from_one_less``: some of its releases number large tcache bins in another way (``tcache_bin_sizes``).
+    ``tcache_follows_counts``: malloc takes a list with a count for one with a block, and follows a null head (2.30-2.41).
     ``thp_modes_with_pagesize``: values of mp_.thp_mode with which thp_pagesize is set, and the others; 2.44 has numbered
     them anew.
     """
@@ -98,6 +99,7 @@ class Generation:
     heap_info: str
     tcache: str | None = None
     tcache_key: TcacheKey = TcacheKey.NONE
+    tcache_follows_counts: bool = False
     tcache_counts_free_slots: bool = False
     tcache_may_count_from_one_less: bool = False
     tcache_may_be_padded_twice: bool = False

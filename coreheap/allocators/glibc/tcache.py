@@ -28,6 +28,9 @@ TCACHES_BY_STRUCTURE_LIMIT = 1 << 16
 """tcache structures that are told without a thread; each becomes an object."""
 ROWS_AT_ONCE = 1 << 12
 TCACHE_NODES_SAMPLED = 64
+EMPTY_LISTS_OF_A_DAMAGED_ONE = 3
+LINKS_OF_A_DAMAGED_ONE = 4
+"""Links that must lead on where a structure's own counts do not bear it out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,23 @@ def _counts_agree(layout: Layout, counts: UInt64s, entries: UInt64s) -> Bools:
     return fits
 
 
+def _one_count_is_wrong(layout: Layout, counts: UInt64s, entries: UInt64s) -> Bools:
+    """For each row whether its counts would go with its list heads but for one."""
+    has_entry = entries != 0
+    aligned: Bools = (entries % np.uint64(layout.word_class.alignment) == 0).all(axis=1)
+    if not layout.generation.tcache_counts_free_slots:
+        aligned &= ((counts > 0) != has_entry).sum(axis=1) == 1
+        return aligned
+    # Empty lists have all slots free: the one in the middle of theirs by size says how many that is.
+    empty = (~has_entry).sum(axis=1)
+    ordered = np.sort(np.where(has_entry, np.iinfo(np.uint64).max, counts), axis=1)
+    slots = ordered[np.arange(len(ordered)), np.minimum(empty // 2, ordered.shape[1] - 1)][:, None]
+    aligned &= empty >= EMPTY_LISTS_OF_A_DAMAGED_ONE
+    wrong = np.where(has_entry, counts >= slots, counts != slots)
+    aligned &= (slots[:, 0] > 0) & (wrong.sum(axis=1) == 1)
+    return aligned
+
+
 def _lists_at(memory: AddressSpace, layout: Layout, addresses: UInt64s) -> tuple[UInt64s, UInt64s, Bools]:
     """counts and entries of the tcache structure at each payload address, uint64[n, bins], and whether it was saved."""
     fields = layout.tcache
@@ -199,8 +219,8 @@ def caches_of_threads(core: Core, layout: Layout, addresses: npt.NDArray[np.uint
 
 
 def cache_at(core: Core, layout: Layout, address: int, thread: int | None) -> Cache | None:
-    """The tcache structure at a payload address; None where it is not one (the dummy of 2.43+) or was not saved."""
-    if not is_tcache(core.memory, layout, address):
+    """The tcache structure at a payload address, be it damaged; None where none can be (the dummy of 2.43+) or was saved."""
+    if not has_tcache_size(core.memory, layout, address):
         return None
     try:
         return Cache(address, thread, read_tcache(core.memory, address, layout))
@@ -229,10 +249,20 @@ def caches_by_structure(core: Core, layout: Layout, chunks: ChunkTable) -> list[
 
 
 def possible_tcaches(core: Core, layout: Layout, chunks: ChunkTable) -> UInt64s:
-    """Payload addresses of all chunks in use that may hold a tcache structure, empty ones included."""
+    """Payload addresses of all chunks in use that may hold a tcache structure, empty ones included.
+
+    One with a single wrong count is taken, too, where its lists lead on as such lists do.
+    """
+    memory = core.memory
     found = [np.zeros(0, np.uint64)]
     for addresses in _chunks_of_tcache_size(layout, chunks):
-        found.append(addresses[are_tcaches(core.memory, layout, addresses)])
+        counts, entries, saved = _lists_at(memory, layout, addresses)
+        may_be = saved & _counts_agree(layout, counts, entries)
+        damaged = np.flatnonzero(saved & ~may_be & entries.any(axis=1) & _one_count_is_wrong(layout, counts, entries))
+        good, seen = _links_of(memory, layout, entries[damaged], addresses[damaged])
+        may_be[damaged] = (good == seen) & (seen >= LINKS_OF_A_DAMAGED_ONE)
+        may_be[may_be] = have_tcache_size(memory, layout, addresses[may_be])
+        found.append(addresses[may_be])
     return np.concatenate(found)
 
 

@@ -237,7 +237,8 @@ def test_tcache_list_that_lost_its_head(case: str, tmp_path: Path) -> None:
     )
     process.put(cache + entries + word * number, 0)
     report = analyzed(process, tmp_path)
-    anomaly = only(report, "tcache_entry_without_count")
+    # From 2.30 on malloc follows the null head; from 2.42 on it looks at the head first.
+    anomaly = only(report, "tcache_entry_without_count" if "2.44" in case else "tcache_count_too_high")
     offsets = process.release.offsets("tcache_perthread_struct")
     counts = offsets.get("counts", offsets.get("num_slots", 0))
     assert anomaly.word_address == cache + counts + 2 * number

@@ -73,3 +73,14 @@ def test_a_pointer_inside_a_live_block_that_was_freed(tmp_path: Path) -> None:
     assert damage.culprit is not None
     assert damage.culprit.header_address == live.header_address
     assert damage.bytes.start == inside
+
+
+def test_text_over_a_link_ends_before_a_key_that_begins_with_a_letter_by_chance(tmp_path: Path) -> None:
+    process = built()
+    for item in process.lists:
+        for chunk in item.chunks if item.state == TCACHE else ():
+            process.put(chunk.payload_address(process.machine) + WORD, 0xF7A1_0983_BD61_4241)
+    place = long_list(process, TCACHE).chunks[0].payload_address(process.machine)
+    process.builder.memory.write(place, b"freed?!!")
+    damage = only_damage(analyze(process, tmp_path))
+    assert (damage.bytes.start, damage.bytes.end) == (place, place + WORD)

@@ -32,6 +32,7 @@ cdef extern from *:
     static volatile int coreheap_guard_rows = 0;
     static int coreheap_guard_count = 0;
     static struct sigaction coreheap_earlier_action;
+    static volatile int coreheap_passed_on = 0;
     static uintptr_t coreheap_page_mask;
 
     static void coreheap_on_bus_error(int number, siginfo_t *information, void *context) {
@@ -55,12 +56,23 @@ cdef extern from *:
             errno = kept_errno;
             return;
         }
-        /* Not ours: the instruction runs again under the earlier action; a signal that was sent is sent again. */
-        sigaction(SIGBUS, &coreheap_earlier_action, NULL);
+        /* Not ours: the instruction runs again under the earlier action; a signal that was sent is sent again. An
+           earlier handler that gives it back to us in turn gets the end of the process. */
+        if (coreheap_passed_on++) {
+            signal(SIGBUS, SIG_DFL);
+        } else {
+            sigaction(SIGBUS, &coreheap_earlier_action, NULL);
+        }
         if (information->si_code <= 0) {
             raise(number);
         }
         errno = kept_errno;
+    }
+
+    static int coreheap_is_asked(void) {
+        struct sigaction now;
+        return sigaction(SIGBUS, NULL, &now) == 0 && (now.sa_flags & SA_SIGINFO)
+            && now.sa_sigaction == coreheap_on_bus_error;
     }
 
     static int coreheap_guard(uintptr_t start, uintptr_t byte_count) {
@@ -72,7 +84,9 @@ cdef extern from *:
         if (row == COREHEAP_GUARDS || byte_count == 0) {
             return -1;
         }
-        if (coreheap_guard_count == 0) {
+        /* Somebody may have set another action since the last file was opened. */
+        if (!coreheap_is_asked()) {
+            coreheap_passed_on = 0;
             memset(&action, 0, sizeof action);
             action.sa_sigaction = coreheap_on_bus_error;
             action.sa_flags = SA_SIGINFO | SA_ONSTACK;
@@ -92,13 +106,11 @@ cdef extern from *:
     }
 
     static void coreheap_release(int row) {
-        struct sigaction now;
         if (row < 0 || row >= COREHEAP_GUARDS || coreheap_guards[row].end == 0) {
             return;
         }
         coreheap_guards[row].end = 0;
-        if (--coreheap_guard_count == 0 && sigaction(SIGBUS, NULL, &now) == 0
-            && (now.sa_flags & SA_SIGINFO) && now.sa_sigaction == coreheap_on_bus_error) {
+        if (--coreheap_guard_count == 0 && coreheap_is_asked()) {
             sigaction(SIGBUS, &coreheap_earlier_action, NULL);
         }
     }

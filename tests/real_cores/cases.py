@@ -66,6 +66,7 @@ class Case:
     `preload` names a library that must be installed (`packages` says how). `log_bytes` 0 turns the
     event log off. `support` is what the program is linked with: the recorder; "no_recorder", which
     leaves malloc alone; or nothing. `libraries` are built beside the program, which loads them.
+    `attempts`: how often it is tried to die of the right signal, where that depends on the addresses.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Case:
     support: tuple[str, ...] = RECORDED
     libraries: tuple[str, ...] = ()
     slow: bool = False
+    attempts: int = 1
     target: Target = NATIVE
 
     def variant(self, suffix: str, **changes: Any) -> Case:

@@ -212,6 +212,17 @@ def _case_key(case: Case, executable: Path, directory: Path) -> str:
 
 
 def _run(case: Case, executable: Path, directory: Path, paths: CorePaths) -> None:
+    for attempt in range(1, case.attempts + 1):
+        try:
+            _run_once(case, executable, directory, paths)
+        except RunFailed:
+            if attempt == case.attempts:
+                raise
+        else:
+            return
+
+
+def _run_once(case: Case, executable: Path, directory: Path, paths: CorePaths) -> None:
     work = Path(tempfile.mkdtemp(prefix=f"work-{case.name.replace('/', '-')}-", dir=directory))
     command = [*_runner(case, directory), str(executable), *case.arguments]
     try:

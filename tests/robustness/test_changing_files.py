@@ -59,7 +59,7 @@ def core(tmp_path: Path) -> Path:
 def run_with(core: Path, phase: str, command: str, *words: str) -> subprocess.CompletedProcess[str]:
     arguments = ["analyze", str(core), "--sysroot", str(core.parent / "empty"), *words]
     return subprocess.run(
-        [sys.executable, "-c", AT_PHASE, phase, command, *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-P", "-c", AT_PHASE, phase, command, *arguments], capture_output=True, text=True, timeout=120
     )
 
 
@@ -102,7 +102,7 @@ def test_cut_at_any_moment(core: Path) -> None:
     for _ in range(6):
         shutil.copy(kept, core)
         process = subprocess.Popen(
-            [sys.executable, "-m", "coreheap", "analyze", str(core), "--json"],
+            [sys.executable, "-P", "-m", "coreheap", "analyze", str(core), "--json"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
@@ -154,7 +154,7 @@ def test_any_other_bus_error_ends_the_process_as_ever(tmp_path: Path, reader: st
         "os.truncate(sys.argv[1], 0)\n"
         "assert own[0] == 0\n" + reader
     )
-    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", program, str(path)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGBUS, done.stderr
 
 
@@ -171,6 +171,25 @@ def test_the_handler_is_gone_with_the_last_file(core: Path) -> None:
         assert caught == [signal.SIGBUS]
     finally:
         signal.signal(signal.SIGBUS, earlier)
+
+
+@needs_guard
+def test_a_handler_that_was_replaced_is_set_again(tmp_path: Path) -> None:
+    """By whoever else is in the process, while a file is open."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(8192))
+    with path.open("rb") as file:
+        first, second = (mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) for _ in range(2))
+        guards = [FileGuard(first, file.fileno(), "first")]
+        earlier = signal.signal(signal.SIGBUS, signal.SIG_DFL)
+        try:
+            guards.append(FileGuard(second, file.fileno(), "second"))
+            os.truncate(path, 0)
+            assert first[5000] == second[5000] == 0
+        finally:
+            for guard in guards:
+                guard.release()
+            signal.signal(signal.SIGBUS, earlier)
 
 
 @needs_guard

@@ -12,12 +12,14 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+from typing import NoReturn, TypeVar
 
 import hypothesis
 import pytest
 
 TESTS = Path(__file__).resolve().parent
+Answer = TypeVar("Answer")
 
 # How long an example takes depends on the machine; no test judges time.
 hypothesis.settings.register_profile("coreheap", deadline=None, print_blob=True)
@@ -49,6 +51,23 @@ def skip_unless_ci(reason: str) -> NoReturn:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def calls_of(question: Callable[[], Answer]) -> tuple[Answer, int]:
+    """An answer, and how many functions were called for it: a measure of work that is the same on every machine."""
+    count = 0
+
+    def note(_frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    earlier = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        answer = question()
+    finally:
+        sys.setprofile(earlier)
+    return answer, count
 
 
 @pytest.fixture(name="require_tool")

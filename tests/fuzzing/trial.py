@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jsonschema
 
@@ -149,12 +150,8 @@ def _answering(report: Report, explorer: pipeline.Explorer) -> Iterator[None]:
     def explored(request: object, progress: object) -> Iterator[tuple[Report, pipeline.Explorer]]:
         yield report, explorer
 
-    kept = pipeline.analyzed, pipeline.explored
-    pipeline.analyzed, pipeline.explored = analyzed, explored  # type: ignore[assignment]
-    try:
+    with mock.patch.multiple(pipeline, analyzed=analyzed, explored=explored):
         yield
-    finally:
-        pipeline.analyzed, pipeline.explored = kept
 
 
 class _Captured(io.TextIOWrapper):
@@ -222,7 +219,7 @@ def let_defects_through() -> None:
     def answer(name: str, question: Any, defects: list[str]) -> Any:
         return question()
 
-    analysis._answer = answer  # type: ignore[assignment]
+    mock.patch.object(analysis, "_answer", answer).start()
 
 
 def watch_opened_files(allowed: tuple[str, ...]) -> None:

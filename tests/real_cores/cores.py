@@ -67,17 +67,22 @@ def default_directory() -> Path:
     return Path(cache) / "coreheap" / "cores"
 
 
+def case_named(name: str) -> Case:
+    """A case of any of the tables. Raises KeyError."""
+    return CASES.get(name) or DAMAGE.get(name) or MATRIX[name]
+
+
 def core_for(name: str, directory: Path | None = None) -> CorePaths:
     """The core of one case, made now if it is missing or out of date.
 
     Raises KeyError for an unknown case, CannotMake when this machine lacks what it takes (a test
     skips then), RunFailed when the program did not die as it should.
     """
-    case = CASES.get(name) or DAMAGE.get(name) or MATRIX[name]
+    case = case_named(name)
     directory = (directory or default_directory()).resolve()
     (directory / name).parent.mkdir(parents=True, exist_ok=True)
     with locked(directory / f"{name}.lock"):
-        executable = _build(case, directory)
+        executable = build(case, directory)
         paths = CorePaths(directory / f"{name}.core", directory / f"{name}.truth.json.gz", executable)
         key = _case_key(case, executable, directory)
         key_file = directory / f"{name}.key"
@@ -116,7 +121,7 @@ def recorded_flags(case: Case) -> list[str]:
     return [*case.linking.standard, *COMMON_FLAGS, *case.linking.flags, "-pthread"]
 
 
-def _build(case: Case, directory: Path) -> Path:
+def build(case: Case, directory: Path) -> Path:
     cc = shutil.which(case.target.cc)
     if cc is None:
         packages = " ".join(case.target.debian_packages)
@@ -224,7 +229,7 @@ def _run(case: Case, executable: Path, directory: Path, paths: CorePaths) -> Non
 
 def _run_once(case: Case, executable: Path, directory: Path, paths: CorePaths) -> None:
     work = Path(tempfile.mkdtemp(prefix=f"work-{case.name.replace('/', '-')}-", dir=directory))
-    command = [*_runner(case, directory), str(executable), *case.arguments]
+    command = [*runner(case, directory), str(executable), *case.arguments]
     try:
         for name in RECORD_FILES:
             (work / name).touch()
@@ -233,7 +238,7 @@ def _run_once(case: Case, executable: Path, directory: Path, paths: CorePaths) -
             made = _park_and_gcore(case, command, directory, work)
         elif case.target.is_emulated:
             made = _die_with_core(case, command, directory, work, "qemu_*.core")
-        elif _kernel_writes_cores_here():
+        elif kernel_writes_cores_here():
             made = _die_with_core(case, command, directory, work, "core*")
         else:
             made = _die_under_gdb(case, command, directory, work)
@@ -259,7 +264,7 @@ def _run_once(case: Case, executable: Path, directory: Path, paths: CorePaths) -
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _runner(case: Case, directory: Path) -> list[str]:
+def runner(case: Case, directory: Path) -> list[str]:
     """What stands before the program on the command line: an emulator, another libc's ld.so."""
     platform = case.target.platform
     runner: list[str] = []
@@ -285,14 +290,14 @@ def _environment(case: Case, directory: Path) -> dict[str, str]:
     return environment
 
 
-def _command_with_limits(case: Case, command: list[str], directory: Path) -> list[str]:
+def command_with_limits(case: Case, command: list[str], directory: Path) -> list[str]:
     """The command behind a shell that allows cores and sets what goes into them.
 
     A shell, because preexec_fn is not safe in a process with threads; `env -i`, because the shell
     would hand on variables of its own.
     """
     script = 'ulimit -c "$0" && echo "$1" > /proc/self/coredump_filter && shift && exec "$@"'
-    limit = "unlimited" if _kernel_writes_cores_here() or case.target.is_emulated else "0"
+    limit = "unlimited" if kernel_writes_cores_here() or case.target.is_emulated else "0"
     variables = [f"{name}={value}" for name, value in _environment(case, directory).items()]
     return [
         "/bin/sh",
@@ -318,7 +323,7 @@ def _preloaded(case: Case, directory: Path) -> Path:
     raise CannotMake(f"{case.name}: no {case.preload}: apt-get install {' '.join(case.packages)}")
 
 
-def _kernel_writes_cores_here() -> bool:
+def kernel_writes_cores_here() -> bool:
     """Whether a dying process leaves `core` in its working directory."""
     pattern = Path("/proc/sys/kernel/core_pattern").read_text().strip()
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
@@ -328,7 +333,7 @@ def _kernel_writes_cores_here() -> bool:
 def _die_with_core(case: Case, command: list[str], directory: Path, work: Path, pattern: str) -> Path:
     with (work / "output").open("w+") as output:
         result = subprocess.run(
-            _command_with_limits(case, command, directory),
+            command_with_limits(case, command, directory),
             cwd=work,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -385,7 +390,7 @@ def _die_under_gdb(case: Case, command: list[str], directory: Path, work: Path) 
 def _park_and_gcore(case: Case, command: list[str], directory: Path, work: Path) -> Path:
     made = work / "gdb.core"
     with subprocess.Popen(
-        _command_with_limits(case, [*command, "end=pause"], directory),
+        command_with_limits(case, [*command, "end=pause"], directory),
         cwd=work,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -13,7 +13,6 @@ import fcntl
 import os
 import pwd
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -25,6 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.real_cores.cores import kernel_writes_cores_here
 
 TIMEOUT_SECONDS = 240
 """For a program to come to rest; valgrind makes it some 30 times slower."""
@@ -421,11 +422,6 @@ def _wait_for_rest(process: subprocess.Popen[bytes], directory: Path) -> None:
         return asleep and time.monotonic() - seen[0][0] > QUIET_SECONDS
 
     _wait(process, rests, directory)
-
-
-def kernel_writes_cores_here() -> bool:
-    pattern = Path("/proc/sys/kernel/core_pattern").read_text().strip()
-    return pattern.startswith("core") and resource.getrlimit(resource.RLIMIT_CORE)[1] == resource.RLIM_INFINITY
 
 
 def core_of(program: Program, directory: Path) -> Path:

@@ -6,8 +6,6 @@ without the damage has no finding of damage at all.
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 
@@ -33,9 +31,6 @@ def kind_of(name: str) -> str:
 
 def analysed(name: str) -> tuple[Report, Truth]:
     target = DAMAGE[name].target
-    unpacked = target.release is None or targets.are_unpacked(target, cores.default_directory())
-    if not unpacked and os.environ.get("CI") != "true":
-        pytest.skip(f"not downloaded yet; to run this test: scripts/make_cores --damage --target {target.name}")
     paths = core_or_skip(name)
     sysroot = None
     if target.release is not None:

@@ -5,7 +5,6 @@ The truth is the process's own /proc/self/maps and its recorded blocks.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,6 @@ NO_OBJECTS = (".cache", ".events", ".notes", ".xml", ".maps", ".smaps")
 RELEASES_ALONE = {"forky": "glibc 2.43", "experimental": "glibc 2.44"}
 
 
-def matrix_core(name: str) -> cores.CorePaths:
-    """A core of the matrix, where its packages are at hand."""
-    target = MATRIX[name].target
-    if os.environ.get("CI") != "true" and not targets.are_unpacked(target, cores.default_directory()):
-        pytest.skip(f"not downloaded yet; to run this test: scripts/make_cores --matrix --target {target.name}")
-    return core_or_skip(name)
-
-
 def mapped_objects(truth: Truth) -> dict[str, tuple[int, int]]:
     """path -> first and last address of the mappings of each ELF object, as the process saw them."""
     found: dict[str, tuple[int, int]] = {}
@@ -48,7 +39,7 @@ def mapped_objects(truth: Truth) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("case", ["threads_kept", "non_pie", "plain_small"])
 @pytest.mark.parametrize("target", EMULATED)
 def test_modules_are_those_that_the_process_saw(target: str, case: str, tmp_path: Path) -> None:
-    paths = matrix_core(f"{target}/{case}")
+    paths = core_or_skip(f"{target}/{case}")
     truth = load_truth(paths.truth)
     assert truth.made_by == "qemu"
     with open_core(paths.core, sysroot=tmp_path) as core:
@@ -72,7 +63,7 @@ def test_modules_are_those_that_the_process_saw(target: str, case: str, tmp_path
 @pytest.mark.parametrize("target", EMULATED)
 def test_files_that_cannot_be_proven_are_not_used(target: str) -> None:
     """qemu-user saves no program text and so no build-id; the right file at the right place stays unproven."""
-    paths = matrix_core(f"{target}/threads_kept")
+    paths = core_or_skip(f"{target}/threads_kept")
     files = targets.files_of(MATRIX[f"{target}/threads_kept"].target, cores.default_directory())
     with open_core(paths.core, executable=paths.executable, sysroot=files.sysroot) as core:
         statuses = {Path(module.path).name: module.file_status for module in core.modules}
@@ -85,7 +76,7 @@ def test_files_that_cannot_be_proven_are_not_used(target: str) -> None:
 
 @pytest.mark.parametrize("target", EMULATED)
 def test_the_environment_is_read(target: str, tmp_path: Path) -> None:
-    with open_core(matrix_core(f"{target}/one_arena").core, sysroot=tmp_path) as core:
+    with open_core(core_or_skip(f"{target}/one_arena").core, sysroot=tmp_path) as core:
         assert core.initial_stack is not None
         assert core.initial_stack.environment["MALLOC_ARENA_MAX"] == "1"
         assert Path(core.initial_stack.arguments[0]).name == "threads"
@@ -95,7 +86,7 @@ def test_the_environment_is_read(target: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", [name for name in targets.MATRIX_TARGETS if name.split("-")[0] in RELEASES_ALONE])
 def test_releases_whose_heaps_are_alike_are_told_apart(target: str, case: str, tmp_path: Path) -> None:
     """2.43 and 2.44 differ in malloc_par alone: mp_.thp_mode is numbered anew."""
-    report = report_on(matrix_core(f"{target}/{case}").core, sysroot=tmp_path)
+    report = report_on(core_or_skip(f"{target}/{case}").core, sysroot=tmp_path)
     assert report.heap is not None
     assert report.heap.identity.layout == RELEASES_ALONE[target.split("-")[0]]
 
@@ -107,9 +98,9 @@ def test_pages_of_64_kib(target: str, case: str, tmp_path: Path, monkeypatch: py
 
     Static programs: the recorder does not find its tcache in others then.
     """
-    matrix_core(f"{target}/{case}")
-    usual = cores._runner
-    monkeypatch.setattr(cores, "_runner", lambda case, folder: [*usual(case, folder), "-p", "65536"])
+    core_or_skip(f"{target}/{case}")
+    usual = cores.runner
+    monkeypatch.setattr(cores, "runner", lambda case, folder: [*usual(case, folder), "-p", "65536"])
     (tmp_path / "packages").symlink_to(cores.default_directory() / "packages")
     paths = cores.core_for(f"{target}/{case}", tmp_path)
     with coreheap.open(paths.core, sysroot=tmp_path) as core:

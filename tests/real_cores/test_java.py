@@ -24,7 +24,7 @@ from coreheap.evidence import Confidence
 from coreheap.mappings import KINDS, MappingKind, ResidencyBasis
 from coreheap.report import Report
 from tests.conftest import skip_unless_ci
-from tests.real_cores import real_programs
+from tests.real_cores import cores, real_programs
 from tests.real_cores.cores import PROGRAMS as SOURCES
 
 PACKAGE = "openjdk-17-jdk-headless"
@@ -137,8 +137,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[JavaR
 
     def run(collector: str) -> tuple[JavaRun, Report, JavaMemory]:
         if collector not in done:
-            if not real_programs.kernel_writes_cores_here():
-                pytest.skip("core_pattern sends cores elsewhere; run this where it is `core`")
+            if not cores.kernel_writes_cores_here():
+                skip_unless_ci("core_pattern sends cores elsewhere; to run this test: sysctl kernel.core_pattern=core")
             try:
                 found = run_java(tmp_path_factory.mktemp(collector), collector)
             except real_programs.CannotRun as problem:

@@ -6,7 +6,6 @@ is that a block is called lost which the program did not lose; that holds for ea
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ from coreheap.evidence import Confidence
 from coreheap.kernels import chunk_extents
 from coreheap.leaks import Verdict
 from coreheap.report import Report, Severity
-from tests.real_cores import cores, targets
+from tests.real_cores import cores
 from tests.real_cores.cases import CASES, MATRIX, Case
 from tests.real_cores.comparison import (
     ALLOWED,
@@ -58,15 +57,6 @@ SHARES = (0.2, 0.6, 0.95)
 
 def case_of(name: str) -> Case:
     return CASES.get(name) or MATRIX[name]
-
-
-def core_of(name: str) -> cores.CorePaths:
-    target = case_of(name).target
-    is_here = target.release is None or targets.are_unpacked(target, cores.default_directory())
-    if not is_here and os.environ.get("CI") != "true":
-        # Nobody who runs the tests for the first time should wait for Debian packages of 15 machines.
-        pytest.skip(f"not downloaded yet; to run this test: scripts/make_cores --matrix --target {target.name}")
-    return core_or_skip(name)
 
 
 def analyse(core: Path, nothing: Path) -> Report:
@@ -177,7 +167,7 @@ def without_interference(found: Counter[tuple[str, str, Verdict]], truth: Truth)
 
 @pytest.mark.parametrize("name", MARKED)
 def test_every_block_has_the_verdict_that_is_meant(name: str, tmp_path: Path) -> None:
-    paths = core_of(name)
+    paths = core_or_skip(name)
     truth, report = load_truth(paths.truth), analyse(paths.core, tmp_path)
     assert report.heap is not None
     assert report.defects == ()
@@ -198,7 +188,7 @@ def test_every_block_has_the_verdict_that_is_meant(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", LISTS)
 def test_long_lists(name: str, tmp_path: Path) -> None:
     """Not one of a million may differ, and no search may be as deep as a list is long."""
-    paths = core_of(name)
+    paths = core_or_skip(name)
     truth, report = load_truth(paths.truth), analyse(paths.core, tmp_path)
     assert report.heap is not None
     assert meant_otherwise(report.heap, truth, lambda group, meant: ALLOWED[meant]) == {}
@@ -255,7 +245,7 @@ def random_number_into(payload_address: int, report: Report, paths: cores.CorePa
 
 @pytest.mark.parametrize("name", LEAKING)
 def test_leaks_are_seen_and_nothing_else_is_lost(name: str, tmp_path: Path) -> None:
-    paths = core_of(name)
+    paths = core_or_skip(name)
     truth, report = load_truth(paths.truth), analyse(paths.core, tmp_path)
     if report.heap is None or report.leaks is None:
         assert truth.coredump_filter == 0
@@ -282,7 +272,7 @@ def test_leaks_are_seen_and_nothing_else_is_lost(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", CRASHED)
 def test_in_a_damaged_heap_nothing_that_is_counted_by_chunks_is_certain(name: str, tmp_path: Path) -> None:
     """What leads to a chunk could be where the damage is."""
-    report = analyse(core_of(name).core, tmp_path)
+    report = analyse(core_or_skip(name).core, tmp_path)
     assert report.heap is not None
     assert report.anomaly_count > 0
     by_topic = {item.topic: item for item in report.verdict if item.whole == "writable_private"}
@@ -307,7 +297,7 @@ def of_residency(reasons: Iterable[str]) -> list[str]:
 
 @pytest.mark.parametrize("name", ["plain_small", "threads_kept"])
 def test_in_a_sound_heap_nothing_is_weakened(name: str, tmp_path: Path) -> None:
-    report = analyse(core_of(name).core, tmp_path)
+    report = analyse(core_or_skip(name).core, tmp_path)
     items = [item for item in report.verdict if item.whole == "writable_private"]
     for item in items:
         # How much of it was in memory is another question, which the holes of the core alone can answer.
@@ -325,7 +315,7 @@ def test_in_a_sound_heap_nothing_is_weakened(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("name", ["verdicts", "containers", "bullseye-i386/verdicts", "trixie-arm64/verdicts"])
 def test_in_a_cut_core_nothing_is_definitely_lost(name: str, share: float, tmp_path: Path) -> None:
-    paths = core_of(name)
+    paths = core_or_skip(name)
     report = analyse(cores.truncated(paths.core, share, tmp_path), tmp_path)
     if report.heap is None or report.leaks is None:
         return
@@ -337,7 +327,7 @@ def test_in_a_cut_core_nothing_is_definitely_lost(name: str, share: float, tmp_p
 
 
 def test_hidden_memory_is_said(tmp_path: Path) -> None:
-    paths = core_of("verdicts@hidden")
+    paths = core_or_skip("verdicts@hidden")
     report = analyse(paths.core, tmp_path)
     assert report.leaks is not None
     assert report.leaks.missing_root_bytes == 2 * 4096
@@ -346,7 +336,7 @@ def test_hidden_memory_is_said(tmp_path: Path) -> None:
 
 def test_the_recorder_hides_nothing(tmp_path: Path) -> None:
     """What the fixture itself keeps must not be private memory that the core lacks: any block might be held there."""
-    report = analyse(core_of("plain_small").core, tmp_path)
+    report = analyse(core_or_skip("plain_small").core, tmp_path)
     assert report.leaks is not None
     assert report.leaks.missing_root_bytes == 0
 
@@ -359,7 +349,7 @@ def test_every_word_of_meant_is_compared() -> None:
     "name", ["verdicts", "containers", "bullseye-i386/verdicts", "trixie-arm64/verdicts", "threads_kept"]
 )
 def test_without_memory_for_references_the_verdicts_are_the_same(name: str) -> None:
-    path = core_of(name).core
+    path = core_or_skip(name).core
     reports = []
     for low_memory in (False, True):
         with coreheap.open(path) as core:

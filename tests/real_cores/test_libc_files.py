@@ -30,7 +30,7 @@ from tests.debuginfod_server import Server, content, files
 from tests.real_cores import cores, targets
 from tests.real_cores.cases import MATRIX
 from tests.real_cores.comparison import compare_all
-from tests.real_cores.conftest import core_or_skip
+from tests.real_cores.conftest import core_or_skip, need_packages
 from tests.real_cores.truth import load_truth
 
 DYNAMIC = ("bullseye-amd64/threads_kept", "trixie-amd64/threads_kept", "bookworm-i386/plain_small")
@@ -60,8 +60,7 @@ class Package:
 def files_of(name: str) -> targets.TargetFiles:
     """The unpacked packages of a target; skips with the remedy where they are not downloaded."""
     target = targets.MATRIX_TARGETS[name]
-    if os.environ.get("CI") != "true" and not targets.are_unpacked(target, cores.default_directory()):
-        pytest.skip(f"not downloaded yet; to run this test: scripts/make_cores --matrix --target {name}")
+    need_packages(target)
     return targets.files_of(target, cores.default_directory())
 
 

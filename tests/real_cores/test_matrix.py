@@ -5,7 +5,6 @@ The cores are made by scripts/make_cores --matrix; what is not made, and why, is
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,10 +57,6 @@ def files_for(case: Case, executable: Path, state: str, empty: Path) -> Files:
 
 
 def analyse(name: str, state: str, empty: Path) -> tuple[Report, Truth]:
-    target = MATRIX[name].target
-    if os.environ.get("CI") != "true" and not targets.are_unpacked(target, cores.default_directory()):
-        # Nobody who runs the tests for the first time should wait for Debian packages of 15 machines.
-        pytest.skip(f"not downloaded yet; to run this test: scripts/make_cores --matrix --target {target.name}")
     paths = core_or_skip(name)
     files = files_for(MATRIX[name], paths.executable, state, empty)
     with coreheap.open(

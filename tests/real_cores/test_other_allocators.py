@@ -27,7 +27,7 @@ from coreheap.heap import ChunkState
 from coreheap.mappings import KINDS, MappingKind
 from coreheap.report import Finding, Report, Severity
 from tests.conftest import skip_unless_ci
-from tests.real_cores import real_programs
+from tests.real_cores import cores, real_programs
 from tests.real_cores.cores import PROGRAMS as SOURCES
 
 LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
@@ -147,8 +147,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory, require_cores: None) -> Callab
 
 @pytest.fixture(scope="module")
 def require_cores() -> None:
-    if not real_programs.kernel_writes_cores_here():
-        pytest.skip("core_pattern sends cores elsewhere; run this where it is `core`")
+    if not cores.kernel_writes_cores_here():
+        skip_unless_ci("core_pattern sends cores elsewhere; to run this test: sysctl kernel.core_pattern=core")
 
 
 def assert_glibc_has_next_to_nothing(report: Report) -> None:

@@ -24,7 +24,7 @@ import coreheap
 from coreheap.heap import ChunkState
 from coreheap.leaks import VERDICTS, Verdict
 from tests.conftest import skip_unless_ci
-from tests.real_cores import real_programs
+from tests.real_cores import cores, real_programs
 from tests.real_cores.real_programs import PROGRAMS, CannotRun, Memcheck
 
 CHEAP = ("python3", "python3-threads", "perl", "sqlite3", "git-cat-file", "git-pack", "gdb", "nginx")
@@ -227,7 +227,7 @@ int main(void) {
 def test_memory_behind_a_modules_data_is_not_its_bss(tmp_path: Path, require_tool: Callable[[str, str], str]) -> None:
     """It is missing in the core, so nothing is definitely lost; taken for bss that was never written, 100 blocks were."""
     compiler = require_tool("gcc", "apt-get install gcc libc6-dev")
-    if not real_programs.kernel_writes_cores_here():
+    if not cores.kernel_writes_cores_here():
         skip_unless_ci(
             "gdb would save what the program excludes; to run this test: sysctl kernel.core_pattern=core, ulimit -H -c unlimited"
         )

@@ -25,7 +25,7 @@ import coreheap
 from coreheap.evidence import Confidence
 from coreheap.report import Report
 from tests.conftest import skip_unless_ci
-from tests.real_cores import real_programs
+from tests.real_cores import cores, real_programs
 from tests.real_cores.real_programs import CannotRun, tool
 
 TIMES = int(os.environ.get("COREHEAP_KILLS", "3"))
@@ -254,7 +254,7 @@ def _cores_in(work: Path) -> list[Path]:
 
 @pytest.mark.parametrize("name", WORKERS)
 def test_killed_at_any_moment_it_is_no_damage(name: str, tmp_path: Path) -> None:
-    if not real_programs.kernel_writes_cores_here():
+    if not cores.kernel_writes_cores_here():
         skip_unless_ci("to run this test: sysctl kernel.core_pattern=core, ulimit -H -c unlimited")
     worker, work = WORKERS[name], tmp_path / "work"
     work.mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,12 +20,17 @@ from coreheap.evidence import Confidence
 from coreheap.mappings import KINDS, MappingKind
 from coreheap.report import Report
 from coreheap.thread_summaries import code_name
-from tests.real_cores import cores, targets
+from tests.real_cores import cores
 from tests.real_cores.cases import CASES, MATRIX
 from tests.real_cores.conftest import core_or_skip
 from tests.real_cores.truth import Truth, load_truth
 
 NAMES = tuple(name for name, case in (*CASES.items(), *MATRIX.items()) if case.program == "stacks")
+BY_KERNEL = tuple(
+    name
+    for name in NAMES
+    if cores.case_named(name).made_by == "kernel" and not cores.case_named(name).target.is_emulated
+)
 PAGE = 4096
 FRAMES_BELOW = {"wait_deep": 4096 + 512}
 """Between the frame that a thread wrote down and its stack pointer: park and syscall, with the array of a deep one."""
@@ -57,10 +61,6 @@ def known_stacks(truth: Truth, note: str = "stack") -> dict[int, Known]:
 
 @contextmanager
 def opened(name: str) -> Iterator[tuple[Core, Truth]]:
-    target = (CASES.get(name) or MATRIX[name]).target
-    is_fetched = target.release is None or targets.are_unpacked(target, cores.default_directory())
-    if not is_fetched and os.environ.get("CI") != "true":
-        pytest.skip(f"not downloaded yet; to run this test: scripts/make_cores --matrix --target {target.name}")
     paths = core_or_skip(name)
     with coreheap.open(paths.core) as core:
         yield core, load_truth(paths.truth)
@@ -218,12 +218,11 @@ def test_the_finding_has_the_numbers_of_the_process(analysed: Callable[[str], tu
     assert [thread.name for thread in report.threads if not thread.is_main] == [None] * (len(known) - 1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BY_KERNEL)
 def test_resident_bytes_are_those_of_smaps(name: str) -> None:
     """Rss of the mappings that hold stacks alone, taken just before the dump, while all threads were parked."""
     with opened(name) as (core, truth):
-        if core.made_by != "kernel":
-            pytest.skip("only cores of the kernel tell all pages that were there")
+        assert core.made_by == "kernel"  # only its cores tell all pages that were there
         stacks = find_stacks(core)
         pages = stack_residency(core.memory, stacks, holes_are_exact=True)
         compared = 0

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import unicodedata
 from pathlib import Path
 
@@ -99,11 +98,9 @@ def opened_by(program: str, *arguments: str) -> tuple[list[str], str]:
         "for name in names:\n"
         "    print(name if isinstance(name, str) else repr(name))\n"
     )
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", watcher, *arguments], capture_output=True, text=True, timeout=60, check=True
     )
-    assert time.monotonic() - started < 60
     return done.stdout.splitlines(), done.stderr
 
 
@@ -217,7 +214,7 @@ def test_names_without_a_build_id_are_looked_at_without_an_error(
     monkeypatch.setattr(Path, "stat", lambda self, **_: (_ for _ in ()).throw(refused))
     builder = CoreBuilder().add_thread()
     builder.add_segment(0x100000, elf_image(build_id=None)[:0x600], PAGE, "r-x")
-    builder.add_file_mapping(0x100000, 0x101000, 0, b"/root/" + b"n" * 300)
+    builder.add_file_mapping(0x100000, 0x101000, 0, b"/closed/" + b"n" * 300)
     path = builder.write(tmp_path / "core")
     with coreheap.open(path) as core:
         assert [module.file for module in core.modules] == [None]

@@ -7,6 +7,7 @@ Knows: commands, options and their help. Does not know: what a command does. Not
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import textwrap
 from collections.abc import Callable, Sequence
@@ -251,6 +252,7 @@ def _sort_column(spoken: argparse.Namespace) -> str | None:
     return word
 
 
+@functools.cache
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="coreheap",

@@ -37,7 +37,7 @@ EXIT_CODES = frozenset({0, 1, 2, 3, 4})
 """What the contract allows; 70 is a defect."""
 TABLES = ("arenas", "heaps", "bins", "threads", "maps", "maps --flat", "chunks", "leaks", "leaks --list", "top")
 FORMATS = ("", " --json", " --csv")
-SEVERAL_COMMANDS = 3
+SEVERAL_COMMANDS = 2
 OPENED_OUTSIDE: list[str] = []
 """Files that were opened although nothing led there; filled by ``watch_opened_files``."""
 
@@ -106,11 +106,11 @@ def _analysed(path: Path, sysroot: Path | None, source: random.Random) -> str:
 
 def _show(report: Report, path: Path, source: random.Random) -> None:
     document = json.loads(_shown(path, "analyze", " --json", report))
-    if source.random() < 1 / 8:
+    if source.random() < 1 / 24:
         _validate(document, SchemaName.REPORT)
-    if source.random() < 1 / 3:
+    if source.random() < 1 / 4:
         _shown(path, "analyze", source.choice(("", " -v")), report)
-    if source.random() < 1 / 3:
+    if source.random() < 1 / 4:
         _shown(path, "check", source.choice(("", " -v", " --json")), report)
     for command in source.sample(TABLES, SEVERAL_COMMANDS):
         form = source.choice(FORMATS)

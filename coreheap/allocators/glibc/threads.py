@@ -344,7 +344,7 @@ def find_pairs(
     in bytes where other threads or libc itself tell it (``ThreadWords.pair_distance``).
     """
     memory, word = core.memory, core.word_bytes
-    arena_set = np.array(sorted(arenas), np.uint64)
+    arena_set, tcache_set = np.array(sorted(arenas), np.uint64), np.unique(tcaches)
     reach = PAIR_REACH // word
     hits: dict[int, list[tuple[int, int, int]]] = {}
     if not len(arena_set) or not len(tcaches):
@@ -358,16 +358,18 @@ def find_pairs(
             low = max(first, begin - PAIR_REACH)
             high = min(last, begin + PAIR_BLOCK_WORDS * word + PAIR_REACH)
             words = memory.read_words(low, (high - low) // word)
-            near = np.flatnonzero((words >= arena_set[0]) & (words <= arena_set[-1]))
-            of_arena = near[np.isin(words[near], arena_set)]
+            of_arena = _places_of(words, arena_set)
             of_arena = of_arena[
                 (low + of_arena * word >= begin) & (low + of_arena * word < begin + PAIR_BLOCK_WORDS * word)
             ]
+            if not len(of_arena):
+                continue
+            is_tcache = np.zeros(len(words), np.bool_)
+            is_tcache[_places_of(words, tcache_set)] = True
             for distance in range(-reach, reach + 1):
                 at = of_arena + distance
                 inside = (at >= 0) & (at < len(words))
-                matches = np.isin(words[at[inside]], tcaches)
-                for position in of_arena[inside][matches].tolist():
+                for position in of_arena[inside][is_tcache[at[inside]]].tolist():
                     place = position + distance
                     hits.setdefault(distance, []).append((low + place * word, int(words[position]), int(words[place])))
     if not hits:
@@ -378,6 +380,12 @@ def find_pairs(
         distance = known_distance // word
     best = hits[distance]
     return [FoundPair(place, arena, tcache, _thread_below(core, place)) for place, arena, tcache in best]
+
+
+def _places_of(words: UInt64s, values: UInt64s) -> npt.NDArray[np.int64]:
+    """Where words are one of some sorted values; most words are tested against the first and the last alone."""
+    near = np.flatnonzero((words >= values[0]) & (words <= values[-1]))
+    return near[np.isin(words[near], values)]
 
 
 def _thread_below(core: Core, place: int) -> int | None:

@@ -33,6 +33,7 @@ from tests.real_cores.cores import PROGRAMS as SOURCES
 LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
 SECONDS = 60
 MIB = 1 << 20
+REDIS_KEYS, REDIS_VALUE_BYTES = 100_000, 300
 THREADS = 6
 
 pytestmark = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the packages' paths are those of amd64")
@@ -263,14 +264,25 @@ def ask_redis(connection: socket.socket, *words: str) -> str:
         assert head[:1] != b"-", answer
 
 
+def redis_memory(connection: socket.socket) -> dict[str, int]:
+    fields = re.findall(r"(\w+):(\d+)\r", ask_redis(connection, "INFO", "memory"))
+    return {name: int(value) for name, value in fields}
+
+
 def test_redis(redis: tuple[subprocess.Popen[bytes], socket.socket], tmp_path: Path) -> None:
     process, connection = redis
-    assert ask_redis(connection, "DEBUG", "POPULATE", "100000", "key", "300") == "+OK"
-    fields = re.findall(r"(\w+):(\d+)\r", ask_redis(connection, "INFO", "memory"))
+    assert ask_redis(connection, "DEBUG", "POPULATE", str(REDIS_KEYS), "key", str(REDIS_VALUE_BYTES)) == "+OK"
+    fields = redis_memory(connection)
+    # It asks jemalloc some times a second only, and gives the last answer: wait for one of after the work.
+    end = time.monotonic() + SECONDS
+    while fields["allocator_allocated"] < REDIS_KEYS * REDIS_VALUE_BYTES:
+        assert time.monotonic() < end, fields
+        time.sleep(0.05)
+        fields = redis_memory(connection)
     (tmp_path / "maps").write_text(Path(f"/proc/{process.pid}/maps").read_text())
     process.send_signal(signal.SIGABRT)
     process.wait(SECONDS)
-    looked = looked_at(tmp_path, **{name: int(value) for name, value in fields})
+    looked = looked_at(tmp_path, **fields)
     finding = looked.finding()
     assert (finding.subject, finding.severity, finding.confidence) == ("jemalloc", Severity.WARNING, Confidence.CERTAIN)
     # What is resident of it, and what it keeps without pages: it grows its mappings in steps of up to an eighth.

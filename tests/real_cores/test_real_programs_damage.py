@@ -234,10 +234,12 @@ def _feed(process: subprocess.Popen[bytes], text: bytes) -> None:
 
 
 def killed(worker: Worker, command: Sequence[str], work: Path, moment: float) -> Path | None:
-    """The core of the worker killed so many seconds after its start; None when it had ended by itself."""
+    """The core of the worker killed so many seconds after its first malloc; None when it had ended by itself."""
     for old in _cores_in(work):
         old.unlink()
     with _running(worker, command, work) as process:
+        while process.poll() is None and not _has_heap(process.pid):
+            time.sleep(0.005)
         time.sleep(moment)
         if process.poll() is not None:
             return None
@@ -246,6 +248,15 @@ def killed(worker: Worker, command: Sequence[str], work: Path, moment: float) ->
     cores = _cores_in(work)
     assert len(cores) == 1, (work.parent / "output").read_text(errors="replace")[-500:]
     return cores[0]
+
+
+def _has_heap(pid: int) -> bool:
+    """Whether the worker itself, no longer prlimit, has memory of brk: before that it has no heap that could be damaged."""
+    try:
+        is_worker = Path(f"/proc/{pid}/comm").read_text() != "prlimit\n"
+        return is_worker and "[heap]" in Path(f"/proc/{pid}/maps").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _cores_in(work: Path) -> list[Path]:

@@ -25,8 +25,9 @@ Indexes = npt.NDArray[np.int32]
 PROCESS_END: Final = 1 << 57
 """No process of a 64-bit machine has memory there or above: five levels of page tables on x86-64 end at 1 << 56, the 52-bit
 addresses of aarch64 before."""
-KERNEL_PAGES_BYTES: Final = 1 << 20
-"""But the kernel shows pages of its own: x86-64's vsyscall page, the only one, at ffffffffff600000."""
+KERNEL_PAGES: Final = 0xFFFF_FFFF_FF60_0000
+"""But the kernel shows a page of its own, to be read or executed alone: x86-64's vsyscall page. What is said to lie between
+PROCESS_END and it is no memory of a process (Linux: Documentation/arch/x86/x86_64/mm.rst)."""
 
 
 class Backing(IntEnum):
@@ -112,7 +113,8 @@ def regions_of(
         present = present - np.minimum(skipped, present)
 
     runs = _joined_runs(start, present, offset)
-    regions = _split_by_backing(start, memory, promised, present, segments.flags[rows], rows)
+    flags = np.where(start < np.uint64(PROCESS_END), segments.flags[rows], segments.flags[rows] & ~np.uint32(elf.PF_W))
+    regions = _split_by_backing(start, memory, promised, present, flags, rows)
     if len(mapped_files):
         regions = _with_mapped_files(regions, mapped_files, gaps)
     return regions, runs, gaps
@@ -125,8 +127,8 @@ def _room_above(start: Words, bits: int) -> Words:
         return limit - np.minimum(start, limit)
     below, end = np.uint64(PROCESS_END), np.uint64((1 << 64) - 1)
     return np.where(
-        start < below, below - np.minimum(start, below), np.minimum(end - start, np.uint64(KERNEL_PAGES_BYTES))
-    )
+        start < below, below - np.minimum(start, below), np.where(start < np.uint64(KERNEL_PAGES), 0, end - start)
+    ).astype(np.uint64)
 
 
 def without_overlap(start: Words, end: Words) -> tuple[Words, Words]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import random
@@ -125,6 +126,7 @@ def _child(plan: Plan, numbers: Sequence[int], channel: int, folder: Path) -> No
     # What hangs on a sound core must not hang here for ever.
     _limit_time(PREPARING_FACTOR)
     _prepare(plan, folder)
+    gc.freeze()  # what is imported need not be looked through in each trial
     files: dict[str, MutatedFile] = {}
     for number in numbers:
         core, mutation, source, sysroot = plan.trial(number)

@@ -37,7 +37,6 @@ EXIT_CODES = frozenset({0, 1, 2, 3, 4})
 """What the contract allows; 70 is a defect."""
 TABLES = ("arenas", "heaps", "bins", "threads", "maps", "maps --flat", "chunks", "leaks", "leaks --list", "top")
 FORMATS = ("", " --json", " --csv")
-SEVERAL_COMMANDS = 2
 OPENED_OUTSIDE: list[str] = []
 """Files that were opened although nothing led there; filled by ``watch_opened_files``."""
 
@@ -108,17 +107,18 @@ def _show(report: Report, path: Path, source: random.Random) -> None:
     document = json.loads(_shown(path, "analyze", " --json", report))
     if source.random() < 1 / 24:
         _validate(document, SchemaName.REPORT)
-    if source.random() < 1 / 4:
+    if source.random() < 1 / 8:
         _shown(path, "analyze", source.choice(("", " -v")), report)
-    if source.random() < 1 / 4:
+    if source.random() < 1 / 8:
         _shown(path, "check", source.choice(("", " -v", " --json")), report)
-    for command in source.sample(TABLES, SEVERAL_COMMANDS):
-        form = source.choice(FORMATS)
-        text = _shown(path, command, form, report)
-        if form == " --json":
-            rows = text.splitlines()
-            for row in rows[:20] + rows[-20:]:
-                json.loads(row)
+    form = source.choice(FORMATS)
+    text = _shown(path, source.choice(TABLES), form, report)
+    if form == " --json":
+        rows = text.splitlines()
+        for row in rows[:20] + rows[-20:]:
+            json.loads(row)
+    if source.random() < 1 / 2:
+        return
     addresses = " ".join(hex(address) for address in _addresses(report, source))
     command = source.choice(("explain", "explain", "owners", "explain --retained"))
     words = command.split()

@@ -99,6 +99,17 @@ class TestRegions:
         assert core.memory.read((1 << 64) - PAGE, 10) == b"x" * 10
         assert core.memory.region_index(0) is None
 
+    def test_of_the_kernels_half_only_its_own_pages_are_seen_and_never_writable(self, tmp_path: Path) -> None:
+        builder = (
+            CoreBuilder().add_segment(0xFFFFFFFFFF600000, b"v" * PAGE).add_segment(0x93A5850EA4C94000, b"x" * PAGE)
+        )
+        core = opened(builder.add_segment(0x10000, b"a" * PAGE), tmp_path)
+        assert "segment_wraps" in causes(core)
+        assert rows(core) == [
+            (0x10000, 0x11000, 6, "SAVED", -1),
+            (0xFFFFFFFFFF600000, 0xFFFFFFFFFF601000, 4, "SAVED", -1),
+        ]
+
     def test_a_segment_up_to_the_end_of_a_32_bit_address_space(self, tmp_path: Path) -> None:
         builder = CoreBuilder(32, "i386").add_segment(0xFFFFF000, b"x" * PAGE)
         core = opened(builder, tmp_path)

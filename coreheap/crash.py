@@ -58,6 +58,8 @@ class FrameSource(Enum):
 
     REGISTERS = "registers"
     CALL_FRAME_INFORMATION = "call_frame_information"
+    RETURN_ADDRESS = "return_address"
+    """The frame before is no code: something was called through a pointer that leads nowhere, and this is where it returns to."""
     FRAME_POINTER = "frame_pointer"
     STACK_SCAN = "stack_scan"
 

@@ -72,7 +72,8 @@ class Anomaly:
     ``code`` is a lower snake case word; ``address`` the place of the contradiction; ``arena`` the index of
     the arena it was found in, None where it belongs to none. ``message`` is what glibc of this release says when it meets
     it, None where it would not notice. ``arena_locked``: whether a thread was inside malloc with that arena's lock, which may
-    leave such a state for a moment; ``confidence``: how sure it is that this is damage.
+    leave such a state for a moment; ``confidence``: how sure it is that this is damage. ``may_be_of_the_moment``: malloc itself
+    may have left it, as far as locks and threads tell.
 
     ``word_address`` is the exact word that is wrong (for a list the one that holds the bad pointer, be it in a chunk or the
     list's head), ``observed_word`` what it holds as a number, ``expected_word`` the one value that would be right; None where the
@@ -94,6 +95,7 @@ class Anomaly:
     expected_word: int | None = None
     header_address: int | None = None
     foreign_bytes: int | None = None
+    may_be_of_the_moment: bool = False
 
 
 def confidence_from(evidence: Iterable[Evidence]) -> Confidence:

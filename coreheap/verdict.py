@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from coreheap.corefile import Core
 from coreheap.doubts import Doubt, doubt, heap_doubts, map_doubts, thread_doubts
@@ -38,6 +39,7 @@ TOPICS: Final = {
         MappingKind.JAVA_GC,
     ),
     "other_allocator": (MappingKind.OTHER_ALLOCATOR,),
+    "written_files": (MappingKind.MAPPED_FILE,),
 }
 """The parts that mappings make up by themselves."""
 WRITABLE_PRIVATE: Final = (
@@ -47,8 +49,11 @@ WRITABLE_PRIVATE: Final = (
 """All that the parts are made of."""
 FOREIGN: Final = "foreign_sbrk"
 """Memory between the main arena's pieces that another caller of sbrk took: neither malloc's nor unknown."""
+WRITE: Final = 2
+"""PF_W, as in MappingTable.flags."""
 MUCH: Final = 0.05
-"""Share of all that the program could write from which a part that surely was in memory tells more than one that may have been."""
+"""Share of all that may have been in memory from which a part that surely was tells more than one that may have been; and of all that
+the program could write from which memory that it shares is worth an item."""
 MUCH_APART: Final = 0.1
 """Share by which bounds have to differ to be a doubt."""
 FREE_STATES: Final = (*LISTED_FREE_STATES, ChunkState.TOP, ChunkState.FREE_UNLISTED)
@@ -81,7 +86,8 @@ def memory_verdict(
     gaps: tuple[Gap, ...],
     free_memory: FreeMemoryReport | None = None,
 ) -> tuple[VerdictItem, ...]:
-    """Where the writable private memory went, what took the most memory first. ``gaps`` are those of the core and of the heap.
+    """Where the writable private memory went, what took the most memory first; and how much memory is shared, where that is much.
+    ``gaps`` are those of the core and of the heap.
 
     Each part is at best as sure as how the heap was found. What contradicts the heap or is missing of it lowers all that
     is counted by chunks, and what is left beside the heap: chunks that were not found lie there. Where another part may have had
@@ -97,6 +103,7 @@ def memory_verdict(
     of_map = map_doubts(gaps)
     of_chunks = (*of_map, *(heap_doubts(heap) if heap is not None else ()))
     parts = {topic: _mapped(mappings, kinds, of_map) for topic, kinds in TOPICS.items()}
+    parts["written_files"] = _written_files(mappings, of_map)
     parts["thread_stacks"] = _mapped(mappings, TOPICS["thread_stacks"], (*of_map, *thread_doubts(gaps)))
     parts[elsewhere] = _joined(
         parts.get(elsewhere), _mapped(mappings, (MappingKind.UNEXPLAINED,), (*of_chunks, *thread_doubts(gaps)))
@@ -128,6 +135,14 @@ def memory_verdict(
         )
         for topic, part in parts.items()
     ]
+    shared = _mapped(mappings, (MappingKind.SHARED_MEMORY,), of_map)
+    if shared.byte_count and shared.byte_count >= MUCH * whole:
+        # Nothing in the core tells which of these pages the process had touched.
+        against = tuple(each.text for each in shared.doubts)
+        confidence = lowered(Confidence.CERTAIN, (each.fact for each in shared.doubts))
+        bounds = shared.resident or (None, None)
+        size = shared.byte_count
+        items.append(VerdictItem("shared_memory", size, size, "writable_shared", confidence, against, *bounds, *bounds))
     return tuple(items)
 
 
@@ -137,7 +152,7 @@ def _in_order(parts: Mapping[str, _Part]) -> dict[str, _Part]:
     Where hardly anything was surely in memory, what may have been decides, but for stacks, of which most is only reserved.
     """
     used = [(topic, part) for topic, part in parts.items() if part.byte_count]
-    is_known = max((part.surely for _, part in used), default=0) >= MUCH * sum(part.byte_count for _, part in used)
+    is_known = max((part.surely for _, part in used), default=0) >= MUCH * sum(part.perhaps for _, part in used)
 
     def weight(one: tuple[str, _Part]) -> tuple[int, int, int]:
         topic, part = one
@@ -160,7 +175,7 @@ def _in_order(parts: Mapping[str, _Part]) -> dict[str, _Part]:
 
 def _mapped(mappings: MappingTable, kinds: Collection[MappingKind], doubts: tuple[Doubt, ...]) -> _Part:
     """What the program may write of some kinds of mappings."""
-    rows = np.isin(mappings.kind, [KINDS.index(kind) for kind in kinds])
+    rows = _rows_of(mappings, kinds)
     resident = int(mappings.resident_low[rows].sum()), int(mappings.resident_high[rows].sum())
     committed = int(mappings.committed_bytes[rows].sum())
     supposed = sum(mappings.supposed_bytes.get(kind, 0) for kind in kinds)
@@ -181,6 +196,31 @@ def _mapped(mappings: MappingTable, kinds: Collection[MappingKind], doubts: tupl
         )
         doubts = (*doubts, unsure)
     return _Part(committed, None if mappings.basis is ResidencyBasis.UNKNOWN else resident, doubts)
+
+
+def _rows_of(mappings: MappingTable, kinds: Collection[MappingKind]) -> npt.NDArray[np.bool_]:
+    """Which rows the program may write are of some kinds: of files those that the core holds.
+
+    The kernel saves a private mapping of a file once the program wrote to it, and shared ones only where it was told to
+    (vma_dump_size). All other kinds are memory that a program writes, whatever its access was at the end.
+    """
+    of_files = mappings.kind == KINDS.index(MappingKind.MAPPED_FILE)
+    of_shared = mappings.kind == KINDS.index(MappingKind.SHARED_MEMORY)
+    is_writable = mappings.flags & WRITE != 0
+    asked: npt.NDArray[np.bool_] = np.isin(mappings.kind, [KINDS.index(kind) for kind in kinds])
+    asked &= is_writable | ~(of_files | of_shared)
+    asked &= (mappings.saved_bytes > 0) | ~of_files
+    return asked
+
+
+def _written_files(mappings: MappingTable, doubts: tuple[Doubt, ...]) -> _Part:
+    part = _mapped(mappings, TOPICS["written_files"], doubts)
+    unsure = doubt(
+        "a core does not tell private mappings of files, whose written pages are the program's own, from shared ones",
+        "list of mapped files",
+        "some of these pages may be the page cache's",
+    )
+    return replace(part, doubts=(*part.doubts, unsure))
 
 
 def _joined(first: _Part | None, second: _Part) -> _Part:

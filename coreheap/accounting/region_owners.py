@@ -31,10 +31,13 @@ KIND_OF_LABEL = {
     RegionLabel.OTHER_ANONYMOUS: MappingKind.UNEXPLAINED,
 }
 
-SHARED_FILES = (b"/SYSV", b"/memfd:", b"/dev/zero", b"/dev/shm/", b"/run/shm/")
+SHARED_FILES = (b"/SYSV", b"/memfd:", b"/dev/zero (deleted)", b"/dev/shm/", b"/run/shm/")
 """How the names of shared memory begin: ipc/shm.c, mm/memfd.c, mm/shmem.c (shmem_zero_setup), and glibc's shm_open."""
 HUGE_PAGES = b"/anon_hugepage"
 """MAP_HUGETLB without a file: fs/hugetlbfs/inode.c, hugetlb_file_setup."""
+ZERO_DEVICE = b"/dev/zero"
+"""A private mapping of the device is anonymous memory and keeps its file; a shared one gets a file of its own, which is shown as
+deleted (drivers/char/mem.c, mmap_zero)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ def region_owners(core: Core, claims: Claims) -> RegionOwners:
         name_of_file[row] = claims.name_number(text_of(path))
         if path.startswith(SHARED_FILES):
             kind_of_file[row] = KINDS.index(MappingKind.SHARED_MEMORY)
-        elif path.startswith(HUGE_PAGES):
+        elif path == ZERO_DEVICE or path.startswith(HUGE_PAGES):
             kind_of_file[row] = KINDS.index(MappingKind.UNEXPLAINED)
     name = name_of_file[files]  # -1, no file, is the last entry: nobody
     plain_file = labels == RegionLabel.MAPPED_FILES

@@ -7,12 +7,25 @@ from coreheap.evidence import Evidence, Strength, confidence_from
 from coreheap.quantities import format_bytes
 from coreheap.report import Finding, Quantity, Severity, Unit
 
+UNKNOWN_THOUGH_SAVED = (
+    "arena_ring_open",
+    "arenas_of_unknown_copy",
+    "main_arena_unknown",
+    "malloc_par_unknown",
+    "other_malloc_copy",
+    "piece_of_unknown_copy",
+    "release_unknown",
+    "tcache_not_found",
+)
+"""Gaps of the heap that a whole core may have as well: what was saved there does not tell."""
+
 
 def findings(case: Case) -> tuple[Finding, ...]:
     """One finding when the file is cut, or when memory that the heap needs was not saved."""
     core, heap = case.core, case.heap
-    heap_gaps = heap.gaps if heap else ()
     left_out_bytes = core.memory.writable_bytes_not_saved()
+    may_be_cut = core.truncated or left_out_bytes > 0
+    heap_gaps = [gap for gap in (heap.gaps if heap else ()) if may_be_cut or gap.cause not in UNKNOWN_THOUGH_SAVED]
     if not core.truncated and not heap_gaps and (heap is not None or not left_out_bytes):
         return ()
     unattributed = sum(

@@ -120,6 +120,31 @@ def _check_names(request: Request) -> None:
             found="something else" if Path(request.executable).exists() else "nothing",
             next_step="check the path; it counts from the working directory unless it begins with /",
         )
+    if request.executable is not None and (found := _instead_of_program(request.executable)):
+        raise UsageError(
+            "--exe names no program",
+            where=request.executable,
+            expected="the ELF executable that was running",
+            found=found,
+            next_step="of a script name its interpreter, of a wrapper the program that it starts",
+        )
+
+
+def _instead_of_program(path: str) -> str:
+    """What a file is that cannot have been running; empty for an ELF executable, and for a file that cannot be read."""
+    from coreheap.corefile import elf
+
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError:
+        return ""
+    header = elf.header_of(head)
+    if header is None:
+        return "a script" if head[:2] == b"#!" else "something else"
+    return (
+        "" if header.kind in (elf.ET_EXEC, elf.ET_DYN) else "a core" if header.kind == elf.ET_CORE else "an object file"
+    )
 
 
 def _path(text: str | None) -> Path | None:

@@ -42,6 +42,8 @@ GUARD_LIMIT = 1 << 20
 """So far the block may begin before the mapping that holds its descriptor, besides the guard: a JVM's zones, another library's."""
 SEARCHED_BYTES = 1 << 20
 """Of a stack in use, searched for its descriptor where nothing tells the thread pointer."""
+PLACES_TRIED = 1 << 10
+"""Places of one thread's that may hold its descriptor's words, the last ones; of a real one there are a few."""
 PAGES_SEARCHED = 1 << 22
 """So many pages are looked at for all threads together: those of 8,000 stacks of 2 MiB."""
 PAGES_OF_A_PLACE = 1 << 8
@@ -177,7 +179,7 @@ def _distance_before_end(core: Core) -> int | None:
         start, size = words[:-2], words[1:-1]
         fits = (start % page == 0) & (size % page == 0) & (start <= np.uint64(pointer)) & (size > 0)
         # The descriptor lies above all frames: of copies of its words the last one counts.
-        for place in reversed(np.flatnonzero(fits).tolist()):
+        for place in reversed(np.flatnonzero(fits)[-PLACES_TRIED:].tolist()):
             stack = _stack(memory, low + place * word, *words[place : place + 3].tolist())
             if stack is not None and stack.start <= pointer:
                 votes[stack.end - stack.stackblock_at] += 1

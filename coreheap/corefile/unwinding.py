@@ -4,8 +4,8 @@ Knows: DWARF register numbers of the machines, what the kernel writes for a sign
 like. Does not know: symbols, or what a frame means.
 
 The surest way comes first: call frame information (of the core's memory, else of the module's verified file), the kernel's signal
-frame where the code is its known trampoline, the chain of frame pointers, words on the stack that lie behind a call. From the
-first frame on that one of the latter two gave, nothing is certain.
+frame where the code is its known trampoline, the return address where the program counter is no code, the chain of frame pointers,
+words on the stack that lie behind a call. From the first frame on that one of the latter three gave, nothing is certain.
 """
 
 from __future__ import annotations
@@ -193,12 +193,10 @@ class _Unwinder:
             caller = self._by_frame_pointer(state)
             if caller is not None:
                 return caller, FrameSource.FRAME_POINTER, False
-        elif is_first and self._core.machine == "aarch64":
-            # Called through a pointer that leads nowhere: the call has left its address in x30.
-            link = self._code_pointer(state.registers.get(30, 0))
-            if self._may_return_to(link):
-                registers = {31: state.registers[31], 29: state.registers.get(29, 0)}
-                return _State(registers, link, False), FrameSource.STACK_SCAN, False
+        elif state.is_exact:
+            caller = self._by_return_address(state)
+            if caller is not None:
+                return caller, FrameSource.RETURN_ADDRESS, False
         return self._by_scan(state), FrameSource.STACK_SCAN, False
 
     # Call frame information
@@ -375,11 +373,30 @@ class _Unwinder:
         registers = {self._machine.frame_pointer: saved, self._machine.stack_pointer: pointer + 2 * self._word}
         return _State(registers, link, False)
 
+    def _by_return_address(self, state: _State) -> _State | None:
+        """Who called through a pointer that leads to no code: nothing ran since, so its registers are still there, and what the
+        call wrote is on top of the stack, on aarch64 in x30. None where that is not behind a call."""
+        pointer = state.registers[self._machine.stack_pointer]
+        is_on_stack = self._core.machine != "aarch64"
+        try:
+            word = self._memory.read_word(pointer) if is_on_stack else state.registers.get(30, 0)
+        except MemoryFault:
+            return None
+        link = self._code_pointer(word)
+        if not self._may_return_to(link) or (is_on_stack and self._code_before(link) is None):
+            return None
+        kept = self._machine.preserved
+        registers = {number: value for number, value in state.registers.items() if number in kept}
+        registers[self._machine.stack_pointer] = pointer + self._word * is_on_stack
+        return _State(registers, link, False)
+
     def _by_scan(self, state: _State) -> _State:
-        """The caller by the next word on the stack that lies behind a call."""
+        """The caller by the next word on the stack that lies behind a call, or is where a signal handler returns to."""
         stack_pointer = state.registers[self._machine.stack_pointer]
         for place, word in self._stack_words(stack_pointer):
             link = self._code_pointer(word)
+            if self._is_code(link) and self._trampoline_at(link):
+                return _State({self._machine.stack_pointer: place + self._word}, link, False)
             if not self._may_return_to(link):
                 continue
             if self._code_before(link) is None:

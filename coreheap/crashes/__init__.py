@@ -7,6 +7,8 @@ crash is shown.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from pathlib import PurePosixPath
 
 from coreheap.corefile import Core, Thread
 from coreheap.corefile.stacks import Stacks
@@ -16,6 +18,7 @@ from coreheap.crashes.abort_message import find_abort_message
 from coreheap.crashes.backtrace import Backtrace, FunctionNames, backtrace, is_inside_malloc
 from coreheap.crashes.places import Places, is_canonical
 from coreheap.crashes.signals import (
+    BUS_ADRERR,
     SEGV_ACCERR,
     SI_KERNEL,
     SIGABRT,
@@ -59,16 +62,17 @@ def find_crash(
     places = Places(core, heap, stacks, damages, thread.index)
     names = FunctionNames(core)
     trace = backtrace(core, thread, stacks, names)
-    fault = _fault(core, thread, places)
+    fault = _fault(core, thread, places, _certain_pointers(trace, 0))
     number, handled = _handled_fault(trace)
     telling = trace.frames
     if handled is not None and fault is None:
         # The handler is the same for all of a program's crashes; what it was called for is what happened.
-        fault, telling = _handled_place(handled, places), trace.frames[number:]
+        fault, telling = _handled_place(handled, places, _certain_pointers(trace, number)), trace.frames[number:]
     build_ids = {module.name: module.build_id.hex() for module in core.modules if module.build_id is not None}
     name = signal_name(process.signal)
     handled_name = signal_name(handled.number) if handled is not None else None
-    parts = signature_parts(name, fault, message, damages, telling, build_ids, handled_name)
+    program = PurePosixPath(process.executable).name
+    parts = signature_parts(name, fault, message, damages, telling, build_ids, handled_name, program)
     return CrashContext(
         thread=thread.index,
         lwp=thread.lwp,
@@ -99,13 +103,27 @@ def _handled_fault(trace: Backtrace) -> tuple[int, HandledSignal | None]:
     return 0, None
 
 
-def _handled_place(handled: HandledSignal, places: Places) -> PlaceNote | None:
+def _certain_pointers(trace: Backtrace, first: int) -> tuple[int, ...]:
+    """The stack pointers of a frame and its callers, as far as these are certain."""
+    rows = zip(trace.frames[first:], trace.stack_pointers[first:], strict=True)
+    return tuple(pointer for _, pointer in takewhile(lambda row: row[0].is_certain, rows))
+
+
+def _handled_place(handled: HandledSignal, places: Places, stack_pointers: tuple[int, ...]) -> PlaceNote | None:
     """What lies where the access failed that a handler was called for."""
     is_known = handled.code is None or 0 < handled.code < SI_KERNEL
     if handled.address is None or not is_known or handled.number not in (SIGSEGV, SIGBUS):
         return None
-    was_denied = handled.number == SIGSEGV and handled.code == SEGV_ACCERR
-    return places.fault(handled.address, was_denied=was_denied)
+    return _place(places, handled.address, handled.number, handled.code, stack_pointers)
+
+
+def _place(places: Places, address: int, signal: int, code: int | None, stack_pointers: tuple[int, ...]) -> PlaceNote:
+    return places.fault(
+        address,
+        was_denied=signal == SIGSEGV and code == SEGV_ACCERR,
+        stack_pointers=stack_pointers,
+        was_past_file=signal == SIGBUS and code == BUS_ADRERR,
+    )
 
 
 def _register_notes(registers: Mapping[str, int], places: Places) -> Iterator[RegisterNote]:
@@ -116,14 +134,13 @@ def _register_notes(registers: Mapping[str, int], places: Places) -> Iterator[Re
             yield RegisterNote(name, place)
 
 
-def _fault(core: Core, thread: Thread, places: Places) -> PlaceNote | None:
+def _fault(core: Core, thread: Thread, places: Places, stack_pointers: tuple[int, ...]) -> PlaceNote | None:
     """What lies where memory could not be accessed; None for signals that do not come of that, or do not say where."""
     process = core.process
     if process.signal not in (SIGSEGV, SIGBUS):
         return None
     if process.fault_address is not None:
-        was_denied = process.signal == SIGSEGV and process.signal_code == SEGV_ACCERR
-        return places.fault(process.fault_address, was_denied=was_denied)
+        return _place(places, process.fault_address, process.signal, process.signal_code, stack_pointers)
     if process.signal_code == SI_KERNEL and core.machine == "x86_64":
         return _non_canonical(core, thread)
     return None

@@ -133,10 +133,11 @@ class FunctionNames:
 class Backtrace:
     """The frames of a thread, the innermost first, and why they end.
 
-    ``handled``: the signals that interrupted frames, by the frame's number.
+    ``handled``: the signals that interrupted frames, by the frame's number. ``stack_pointers``: each frame's.
     """
 
     frames: tuple[Frame, ...]
+    stack_pointers: tuple[int, ...]
     end: str
     handled: Mapping[int, HandledSignal]
 
@@ -149,7 +150,7 @@ def backtrace(core: Core, thread: Thread, stacks: Stacks, names: FunctionNames) 
     modules = ModuleMap(core)
     frames = tuple(_frame(number, step, modules, names) for number, step in enumerate(steps))
     handled = {number: step.interrupted_by for number, step in enumerate(steps) if step.interrupted_by is not None}
-    return Backtrace(frames, end, handled)
+    return Backtrace(frames, tuple(step.stack_pointer for step in steps), end, handled)
 
 
 def _frame(number: int, step: Step, modules: ModuleMap, names: FunctionNames) -> Frame:

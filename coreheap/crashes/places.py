@@ -6,7 +6,7 @@ asked, or what was meant to lie there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -25,6 +25,10 @@ BEHIND_BYTES = 1 << 16
 GUARD_BYTES = 1 << 20
 """So far below the program's own stack the kernel keeps free (stack_guard_gap, 256 pages)."""
 NEAR_STACK_POINTER = 1 << 16
+LARGEST_FRAME = 1 << 30
+"""A stack pointer further below its caller's frame has been overwritten: no function has so many local variables."""
+RED_ZONE = 128
+"""So far below its stack pointer a function may use the stack (System V ABI, AMD64)."""
 _READ, _WRITE, _EXECUTE = 4, 2, 1
 _FREED = frozenset(
     (
@@ -74,8 +78,12 @@ class Places:
         self._modules = ModuleMap(core)
         self._victims = {damage.victim.header_address for damage in damages if damage.victim is not None}
 
-    def fault(self, address: int, *, was_denied: bool) -> PlaceNote:
-        """What lies where an access failed. ``was_denied``: there was memory, and the access was not allowed."""
+    def fault(
+        self, address: int, *, was_denied: bool, stack_pointers: Sequence[int] = (), was_past_file: bool = False
+    ) -> PlaceNote:
+        """What lies where an access failed. ``was_denied``: there was memory, and the access was not allowed. ``stack_pointers``: of
+        the frame that failed and of its callers, as far as they are certain. ``was_past_file``: the kernel had no page for a mapping.
+        """
         address = self._memory.untagged(address)
         if not is_canonical(address, self._core.machine):
             return PlaceNote(address, FaultKind.NON_CANONICAL, "no address on x86-64")
@@ -84,8 +92,9 @@ class Places:
             or self.in_heap(address)
             or self._behind_heap(address)
             or self._below_stack(address)
+            or self._in_too_large_frame(address, stack_pointers)
             or self._in_stack(address)
-            or self._mapped(address, was_denied)
+            or self._mapped(address, was_denied, was_past_file)
         )
 
     def in_heap(self, address: int) -> PlaceNote | None:
@@ -208,6 +217,17 @@ class Places:
             return PlaceNote(address, FaultKind.STACK_GUARD, text, offset=address - stack.start)
         return None
 
+    def _in_too_large_frame(self, address: int, stack_pointers: Sequence[int]) -> PlaceNote | None:
+        """In the frame of a function that needs more than was left of the stack, guard included: a large array, alloca."""
+        if len(stack_pointers) < 2 or self._is_accessible(stack_pointers[0]) or self._is_accessible(address):
+            return None
+        pointer, caller = stack_pointers[:2]
+        is_frame = 0 < caller - pointer <= LARGEST_FRAME and self._is_accessible(caller)
+        if not is_frame or not pointer - RED_ZONE <= address < caller:
+            return None
+        text = f"in a frame of {caller - pointer} bytes, for which the stack of thread {self._crashed} has no room: it has overflowed"
+        return PlaceNote(address, FaultKind.STACK_GUARD, text)
+
     def _guard_bytes(self, stack: Stack) -> int:
         if self._stacks.initial is not None and (stack.start, stack.end) == self._stacks.initial:
             return GUARD_BYTES
@@ -226,7 +246,7 @@ class Places:
                 return PlaceNote(address, FaultKind.STACK, text, offset=address - stack.start)
         return None
 
-    def _mapped(self, address: int, was_denied: bool) -> PlaceNote:
+    def _mapped(self, address: int, was_denied: bool, was_past_file: bool) -> PlaceNote:
         region = self._memory.region_index(address)
         if region is None:
             return PlaceNote(address, FaultKind.UNMAPPED, self._neighbours(address))
@@ -235,7 +255,11 @@ class Places:
         if module is not None:
             where = f"{module.name or 'the program'}+{address - module.start:#x}"
         elif row >= 0:
-            where = f"the mapped file {self._memory.mapped_files[row].path}"
+            file = self._memory.mapped_files[row]
+            where = f"the mapped file {file.path}"
+            if was_past_file:
+                where += f", {address - file.start + file.file_offset} bytes into it: it had no such page when it was accessed"
+                where += ", as when it was cut short or its disk was full"
         else:
             where = "an anonymous mapping"
         if was_denied and flags & _READ and not flags & _WRITE:

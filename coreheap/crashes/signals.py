@@ -6,9 +6,10 @@ import signal
 from collections.abc import Mapping
 from typing import Final
 
-SIGILL, SIGTRAP, SIGABRT, SIGBUS, SIGFPE, SIGSEGV = 4, 5, 6, 7, 8, 11
+SIGILL, SIGTRAP, SIGABRT, SIGBUS, SIGFPE, SIGSEGV, SIGSYS = 4, 5, 6, 7, 8, 11, 31
 SI_KERNEL: Final = 0x80
 SEGV_ACCERR: Final = 2
+BUS_ADRERR: Final = 2
 
 _OF_ANY_SIGNAL: Final[Mapping[int, str]] = {
     0: "SI_USER",
@@ -57,6 +58,7 @@ _OF_SIGNAL: Final[Mapping[int, tuple[str, ...]]] = {
         "SEGV_MTESERR",
         "SEGV_CPERR",
     ),
+    SIGSYS: ("SYS_SECCOMP", "SYS_USER_DISPATCH"),
 }
 """Codes of a signal from 1 on."""
 

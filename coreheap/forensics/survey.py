@@ -45,6 +45,11 @@ GRAVITY = {
 FLAGS_OF_A_STATE = frozenset({"arena_flag_mismatch"})
 """Codes that a chunk gets by its state; where a list says that the state is another one, nothing is wrong with the chunk."""
 
+NO_FOREIGN_WORD = frozenset(
+    {"free_unlisted", "tcache_count_too_high", "tcache_entry_without_count", "list_count_mismatch"}
+)
+"""Codes of what is not done yet, or counted yet, though every word is one that malloc wrote."""
+
 MALLOCS_OWN_VALUES = (PatternKind.POINTER, PatternKind.ZEROS, PatternKind.ONE_BIT)
 """What malloc itself stores: only these can be a moment's state."""
 
@@ -136,18 +141,29 @@ def _damage(places: Places, told: Told, suspicion: Suspicion) -> Damage:
     weakened = list(told.weakened_by)
     surest = max((anomaly.confidence for anomaly in suspicion.anomalies), key=lambda level: level.rank)
     locked = any(anomaly.arena_locked for anomaly in suspicion.anomalies)
+    is_of_the_moment = all(anomaly.may_be_of_the_moment for anomaly in suspicion.anomalies)
     kind = told.kind
     if surest.rank <= Confidence.PLAUSIBLE.rank:
-        reason = (
-            "a thread was inside malloc with this arena locked, and malloc itself leaves such states for a moment"
-            if locked
-            else "malloc itself may leave such a state, or it has another explanation"
-        )
+        reason = "malloc itself may leave such a state, or it has another explanation"
+        if locked:
+            reason = (
+                "a thread was inside malloc with this arena locked, and malloc itself leaves such states for a moment"
+            )
+        elif is_of_the_moment:
+            reason = (
+                "a thread was inside malloc, or had been when a signal or fork came, and malloc itself leaves such states"
+                " for a moment"
+            )
         weight = Strength.HINT if surest is Confidence.PLAUSIBLE else Strength.SOLID
         evidence.append(Evidence(reason, "state of the threads", weight, speaks_against=True))
         weakened.append(reason)
         is_malloc_like = told.pattern is None or told.pattern.kind in MALLOCS_OWN_VALUES
-        if locked and is_malloc_like and kind in (DamageKind.OVERWRITE, DamageKind.USE_AFTER_FREE):
+        is_malloc_like |= is_of_the_moment and suspicion.codes <= NO_FOREIGN_WORD
+        if (
+            (locked or is_of_the_moment)
+            and is_malloc_like
+            and kind in (DamageKind.OVERWRITE, DamageKind.USE_AFTER_FREE)
+        ):
             kind = DamageKind.IN_TRANSITION
     victim = places.place(told.victim) if told.victim is not None else None
     culprit = places.place(told.culprit) if told.culprit is not None else None

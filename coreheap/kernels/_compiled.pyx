@@ -9,6 +9,7 @@ from the memory is compared with the bytes that are left before it is added. Hea
 explicit checks (the memory may be unaligned and read-only), everything else goes through bounds-checked memoryviews.
 """
 
+import mmap
 import sys
 
 import numpy as np

@@ -260,6 +260,14 @@ cdef int64_t _resynchronise(
     return -1
 
 
+def _without_huge_pages(pages):
+    """A note here and there should not clear two megabytes each."""
+    try:
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    except OSError:
+        pass  # a kernel without them
+
+
 def resynchronise(
     const uint8_t[::1] memory not None,
     geometry,
@@ -271,16 +279,18 @@ def resynchronise(
     """See ``reference.resynchronise``."""
     cdef Region region = _open_region(memory, 0, _read_geometry(geometry), stop_offset, region_bytes, first_offset)
     cdef int64_t found, first = first_offset
-    cdef uint8_t *chunks_from
+    cdef uint8_t[::1] chunks_from
     if not 1 <= proof_chunks <= 250:
         raise ValueError(f"a chain of {proof_chunks} chunks cannot be asked for")
-    # Zero pages of the system: only notes that are taken cost memory.
-    chunks_from = <uint8_t *>calloc((region.saved >> region.granule_shift) + 1, 1)
-    if chunks_from == NULL:
-        raise MemoryError()
+    # Zero pages of the system: only notes that are taken cost time and memory, which calloc does not promise.
+    pages = mmap.mmap(-1, (region.saved >> region.granule_shift) + 1)
     try:
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            _without_huge_pages(pages)
+        chunks_from = pages
         with nogil:
-            found = _resynchronise(&region, first, <int>proof_chunks, chunks_from)
+            found = _resynchronise(&region, first, <int>proof_chunks, &chunks_from[0])
+        chunks_from = None
     finally:
-        free(chunks_from)
+        pages.close()
     return found

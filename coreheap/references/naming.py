@@ -122,6 +122,24 @@ class Namer:
             names.append(found[0](found[1]).name if found is not None else None)
         return names
 
+    def direct_holders(self, chunks: Int64s, most: int) -> tuple[int, list[tuple[int, str]]]:
+        """How many of some chunks a root leads to directly, and for about ``most`` of these, spread evenly, the chunk and the
+        place of the first such root, strong ones first."""
+        is_held = np.zeros(self._graph.index.chunk_count, np.bool_)
+        parts: list[tuple[Int64s, Int64s, Callable[[int], Place]]] = []
+        for rows, words, name in self._roots_of(chunks):
+            held, first = np.unique(words & np.uint32(CHUNK_MASK), return_index=True)
+            new = ~is_held[held]
+            is_held[held[new]] = True
+            parts.append((held[new].astype(np.int64), rows[first[new]], name))
+        total = sum(len(held) for held, _, _ in parts)
+        step = -(-total // most) or 1
+        return total, [
+            (chunk, name(row).name)
+            for held, rows, name in parts
+            for chunk, row in zip(held[::step].tolist(), rows[::step].tolist(), strict=True)
+        ]
+
     def _roots_of(self, chunks: Int64s) -> Iterator[tuple[Int64s, UInt32s, Callable[[int], Place]]]:
         """For each kind of root reference, strong ones first: rows that lead to some of the chunks, their words (as in
         Edges), and what names a row's place."""

@@ -9,10 +9,13 @@ that hang below each other and are like each other (a list, a tree) count togeth
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+
 import numpy as np
 import numpy.typing as npt
 
-from coreheap.kernels import CHUNK_MASK, add_up_retained, chunk_sizes, find_dominators
+from coreheap.kernels import CHUNK_MASK, add_up_retained, chunk_sizes, find_dominators, mark_reachable
 from coreheap.leaks import Accumulation, RetainedChunk, RetainedReport
 from coreheap.references.graph import ReferenceGraph, RetainedSizes
 from coreheap.references.naming import Namer
@@ -27,6 +30,11 @@ LIKE_CHILDREN = 100
 ACCUMULATION_SHARE = 0.01
 """Of all that is reachable, an accumulation holds at least this share."""
 ACCUMULATIONS = 10
+HOLDERS_SAMPLED = 64
+HOLDERS_TRIED = 4
+"""Of the roots that lead to like chunks without a common holder, so many are named, and so many names followed."""
+OFFSET = re.compile(r"\+0x[0-9a-f]+$")
+"""In a variable, or in a module without symbols: there all its variables count together."""
 
 
 def retained_sizes(graph: ReferenceGraph) -> RetainedSizes:
@@ -98,15 +106,16 @@ def _accumulations(graph: ReferenceGraph, sizes: RetainedSizes, namer: Namer) ->
     wanted = wanted[np.argsort(-held[wanted], kind="stable")][:ACCUMULATIONS]
     found = []
     children_of = [firsts[group == number] for number in wanted.tolist()]
-    samples_of = [tree.chunk[children[:SAMPLES]].astype(np.int64) for children in children_of]
-    roots_of = namer.typical_holders(samples_of)
-    for number, children, samples, root in zip(wanted.tolist(), children_of, samples_of, roots_of, strict=True):
+    for number, children in zip(wanted.tolist(), children_of, strict=True):
+        samples = tree.chunk[children[:SAMPLES]].astype(np.int64)
         views = [namer.chunk(chunk) for chunk in samples.tolist()]
         holder_node = int(keys[number] >> np.uint64(12))
         holder_chunk = int(tree.chunk[holder_node])
         found.append(
             Accumulation(
-                holder=namer.chunk(holder_chunk) if holder_node else root or "the roots",
+                holder=namer.chunk(holder_chunk)
+                if holder_node
+                else _root_of_most(graph, namer, tree.chunk[children].astype(np.int64), alike[children]) or "the roots",
                 retained_bytes=int(sizes.retained[holder_node]),
                 children=int(count[number]),
                 child_bytes=views[0].usable_bytes,
@@ -115,3 +124,29 @@ def _accumulations(graph: ReferenceGraph, sizes: RetainedSizes, namer: Namer) ->
             )
         )
     return tuple(found)
+
+
+def _root_of_most(graph: ReferenceGraph, namer: Namer, chunks: Int64s, weight: UInt64s) -> str | None:
+    """The variable or stack from which most of some chunks hang, ``weight`` like ones each; None where no place has half of them.
+
+    The nodes of a container and any other block of their size are like chunks: the first that a root leads to may be the other.
+    """
+    direct, sampled = namer.direct_holders(chunks, HOLDERS_SAMPLED)
+    held_by: dict[str, list[int]] = defaultdict(list)
+    first_name: dict[str, str] = {}
+    for chunk, name in sampled:
+        variable = OFFSET.sub("", name)
+        held_by[variable].append(chunk)
+        first_name.setdefault(variable, name)
+    most, best = 0, None
+    for variable in sorted(held_by, key=lambda name: -len(held_by[name]))[:HOLDERS_TRIED]:
+        own, name = held_by[variable], first_name[variable]
+        marked, interior = (np.zeros((graph.index.chunk_count + 63) // 64, np.uint64) for _ in range(2))
+        mark_reachable(graph.edges, np.array(own, np.uint32), marked, interior, True)
+        is_marked = marked[chunks >> 6] >> (chunks & 63).astype(np.uint64) & np.uint64(1) != 0
+        # Of a table only some slots are followed: the others are as many as the sample says.
+        held = max(int(weight[is_marked].sum()), direct * len(own) // len(sampled))
+        # Of equals the first one: that of strong roots.
+        if held > most:
+            most, best = held, name if len(own) == 1 else variable if " " in variable else f"{name} and others"
+    return best if 2 * most >= int(weight.sum()) else None

@@ -46,6 +46,7 @@ _SAFE_PATTERNS = frozenset({PatternKind.ZEROS, PatternKind.ONE_BIT})
 _SOURCES = {
     FrameSource.REGISTERS: "registers",
     FrameSource.CALL_FRAME_INFORMATION: "unwind information",
+    FrameSource.RETURN_ADDRESS: "return address",
     FrameSource.FRAME_POINTER: "frame pointer",
     FrameSource.STACK_SCAN: "stack scan",
 }

@@ -19,6 +19,11 @@ from rich.text import Text
 
 NARROWEST = 60
 WIDEST = 160
+BOUNDLESS = 1 << 14
+LEAST_WRAPPED = 12
+"""So narrow a column may become whose text takes several lines."""
+LEAST_TEXT = 18
+"""So narrow a column of names may become: an address, which is text as well, has no more characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +70,28 @@ class Page:
         return not self.style.encoding.lower().startswith("utf")
 
     def add(self, renderable: RenderableType = "", indent: int = 0) -> None:
-        """Put something below what is there."""
+        """Put something below what is there.
+
+        A table that needs more than the page's width is wider than the page: a number without its last digits is another number.
+        """
         shown = Text(renderable) if isinstance(renderable, str) else renderable
+        self._console.width = self.width
+        if isinstance(shown, Table) and shown.box is not None:
+            self._console.width = max(self.width, self._fitted(shown, self.width - indent) + indent)
         self._console.print(Padding(shown, (0, 0, 0, indent)) if indent else shown)
+
+    def _fitted(self, table: Table, width: int) -> int:
+        """Make a table's texts shorter where it is too wide, first those that may wrap, then the longest; the width that it has then."""
+        wanted = self._console.measure(table, options=self._console.options.update(max_width=BOUNDLESS)).maximum
+        cells = [max(map(measured_width, (column.header, *column.cells))) for column in table.columns]
+        texts = [row for row, column in enumerate(table.columns) if column.justify == "left"]
+        for row in sorted(texts, key=lambda row: (table.columns[row].no_wrap, -cells[row])):
+            least = LEAST_TEXT if table.columns[row].no_wrap else LEAST_WRAPPED
+            excess = min(wanted - width, cells[row] - least)
+            if excess > 0:
+                table.columns[row].width = cells[row] - excess
+                wanted -= excess
+        return wanted
 
     def heading(self, title: str, beside: str = "") -> None:
         """An empty line and a section's title, with a dim remark behind it."""
@@ -122,9 +146,14 @@ def plain_table(columns: Sequence[tuple[str, bool]], wide_column: int | None = N
             title,
             justify="right" if is_number else "left",
             no_wrap=index != wide_column,
-            overflow="fold",
+            overflow="fold" if index == wide_column or is_number else "ellipsis",
         )
     return table
+
+
+def measured_width(cell: RenderableType) -> int:
+    """Columns that a cell takes on one line."""
+    return Text(cell).cell_len if isinstance(cell, str) else cell.cell_len if isinstance(cell, Text) else 0
 
 
 def counted(count: int, one: str, many: str) -> str:

@@ -130,9 +130,11 @@ def _verdict(page: Page, report: Report) -> None:
         table.add_column(justify="right", style="bold", no_wrap=True)
         if with_residency:
             table.add_column(justify="right", no_wrap=True)
-            table.add_row("", "", Text("in memory", style="dim"), "", "")
         table.add_column()
         table.add_column(no_wrap=True)
+        if with_residency:
+            # Behind all columns: a row before one is a cell more than that column has, and costs the last row.
+            table.add_row("", "", Text("in memory", style="dim"), "", "")
         for item in items:
             table.add_row(
                 f" {format_share(item.bytes, item.of_bytes):>7}",

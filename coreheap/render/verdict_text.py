@@ -24,6 +24,7 @@ LEADS = {
     "java": "are the Java virtual machine's own, not malloc's",
     "other_allocator": "belong to another allocator: glibc's numbers are not the whole",
     "not_malloc": "are anonymous memory that is not malloc's and that nothing in the core explains",
+    "written_files": "are mapped files that the program wrote to, not malloc's: written pages of private mappings are copies of its own",
     "unknown": "are not known: missing from the core, or damaged",
 }
 """What is said of the part that took the most memory."""
@@ -34,7 +35,7 @@ WORTH_A_WORD = 0.05
 def verdict_paragraph(report: Report) -> str:
     """The answer in a few sentences; empty where the report has no verdict."""
     items = [item for item in report.verdict if item.whole == "writable_private"]
-    memory = (*_memory(items), *_leaks(report), *_remedies(report, items)) if items else ()
+    memory = (*_memory(items), *_shared(report), *_leaks(report), *_remedies(report, items)) if items else ()
     return " ".join((*_damage(report), *memory))
 
 
@@ -83,6 +84,15 @@ def _memory(items: list[VerdictItem]) -> Iterator[str]:
     live = next((item for item in items if item.topic == "in_use"), None)
     if live is not None and live is not first and live.bytes >= WORTH_A_WORD * live.of_bytes:
         yield f"Live chunks hold {format_bytes(live.bytes)}."
+
+
+def _shared(report: Report) -> Iterator[str]:
+    shared = next((item for item in report.verdict if item.topic == "shared_memory"), None)
+    if shared is not None:
+        yield (
+            f"Beside that it maps {format_bytes(shared.bytes)} of shared memory, of which what was touched counts to its RSS and"
+            " its memory cgroup."
+        )
 
 
 def _leaks(report: Report) -> Iterator[str]:

@@ -78,6 +78,8 @@ _VERDICTS = {
     "java": "the Java VM's: heap, code, classes, its collector's tables",
     "thread_stacks": "thread stacks",
     "module_data": "variables of the program and its libraries",
+    "written_files": "mapped files that the core holds: written pages are copies",
+    "shared_memory": "shared memory: memfd, shm, System V, anonymous",
     "lost": "lost: nothing in the process points to them",
     "possibly_lost": "possibly lost: only loose ends lead to them",
     "unknown": "unknown: missing from the core, or damaged",
@@ -87,6 +89,7 @@ _WHOLES = {
     "writable_private": "writable private memory",
     "malloc": "memory that malloc holds",
     "live_chunks": "live chunks",
+    "writable_shared": "writable memory that other processes may share",
 }
 
 

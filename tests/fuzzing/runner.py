@@ -34,7 +34,7 @@ WALL_SECONDS = 60
 """Many times more, because other work may be going on on the machine; what is measured is reported."""
 PREPARING_FACTOR = 4
 """A child's first analyses import what is needed, and may take so many times as long as a trial."""
-BATCH = 250
+BATCH = 500
 """Trials of one child: what it imports first should cost little beside them, and little be lost when time is over."""
 MEMORY_BASE = 200 << 20
 MEMORY_PER_FILE_BYTE = 5

@@ -89,7 +89,7 @@ def try_core(path: Path, sysroot: Path | None, source: random.Random) -> str:
 
 def _analysed(path: Path, sysroot: Path | None, source: random.Random) -> str:
     with coreheap.open(path, sysroot=sysroot, unpacked_limit=UNPACKED_LIMIT) as core:
-        report, references = analyze_with_references(core, AnalysisOptions(retained=True))
+        report, references = analyze_with_references(core, AnalysisOptions(retained=source.random() < 1 / 2))
         if report.defects:
             raise Failure("defect", f"defect {report.defects[0][:80]}", "\n".join(report.defects))
         memory_gaps = [gap.consequence for gap in report.gaps if "enough memory" in gap.consequence]

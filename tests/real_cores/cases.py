@@ -138,6 +138,11 @@ def _arena_cases() -> Iterator[Case]:
     yield Case("brk_blocked", "main_arena", ("how=blocked", "seed=101"))
     yield Case("foreign_sbrk", "main_arena", ("how=foreign", "seed=102"))
     yield Case("mmapped", "mmapped", ("threads=6", "seed=111"))
+    yield Case("remapped", "remapped", ("seed=112",), environment={"MALLOC_MMAP_THRESHOLD_": "131072"})
+    filled = {"MALLOC_PERTURB_": "255"}
+    yield Case("refilled", "threads", ("threads=2", "gone=12", "steps=9000", "seed=113"), environment=filled)
+    for place in ("libc", "call", "program"):
+        yield Case(f"interrupted_{place}", "interrupted", (f"in={place}", "seed=114"))
     yield Case("bloat", "bloat", ("threads=40", "peak=1500", "seed=121"))
     yield Case("bloat_small", "bloat", ("threads=40", "peak=200", "stack=64", "seed=122"))
     yield Case("retained", "bloat", ("main=65536", "seed=123"))
@@ -274,6 +279,7 @@ def _verdict_cases() -> Iterator[Case]:
     many = ("nodes=10000000", "mark=0", "seed=188")
     yield Case("long_lists@slow", "long_lists", many, log_bytes=0, slow=True)
     yield Case("containers", "containers", ("seed=189",), linking=CPLUSPLUS)
+    yield Case("like_nodes", "like_nodes", ("levels=14", "seed=190"), log_bytes=0)
 
 
 CASES: Mapping[str, Case] = {case.name: case for case in _all_cases()}
@@ -314,6 +320,7 @@ MATRIX_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "brk_blocked": ("how=blocked", "seed=101"),
     "foreign_sbrk": ("how=foreign", "seed=102"),
     "mmapped": ("threads=3", "seed=111"),
+    "remapped": ("reallocs=250", "seed=112"),
     "bloat": ("threads=12", "peak=300", "seed=121"),
     "retained": ("main=3000", "seed=123"),
     "retained_trimmed": ("main=3000", "trim=1", "seed=125"),
@@ -371,7 +378,10 @@ EXCLUSIONS = (
     Exclusion("ratchet@late", "*", "on 32-bit no threshold grows that far; nothing of it differs by release"),
     Exclusion("trim*", "*-arm64", "qemu-user does not tell which pages of the program are in memory"),
     Exclusion("retitled", "*", "about the kernel's stack: nothing differs by release"),
+    Exclusion("interrupted_*", "*", "about the kernel's signal frames: nothing differs by release"),
+    Exclusion("refilled", "*", "about what malloc leaves in free chunks, which is alike in all releases"),
     Exclusion("neighbours", "*", "about the kernel's mappings: nothing differs by release"),
+    Exclusion("like_nodes", "*", "about references alone: nothing differs by release"),
     Exclusion("no_glibc_heap", "*", "malloc is never called: no heap to compare"),
     Exclusion("long_lists@slow", "*", "for measurements alone; nothing of it differs by release"),
     Exclusion("containers", "bullseye-*", "libstdc++ is this machine's and needs a newer libc"),

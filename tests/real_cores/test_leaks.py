@@ -210,6 +210,20 @@ def test_very_long_lists(tmp_path: Path) -> None:
     assert totals[Verdict.POSSIBLY_LOST].count == totals[Verdict.WEAKLY_HELD].count == 0
 
 
+def test_like_nodes_are_named_after_the_variable_that_most_of_them_hang_from() -> None:
+    """No node of a tree with parents has a single holder; a block of their size that lies before them is another variable's."""
+    paths = core_or_skip("like_nodes")
+    nodes = int(load_truth(paths.truth).note("nodes"))
+    with coreheap.open(paths.core) as core:
+        report = coreheap.analyze(core, coreheap.AnalysisOptions(retained=True))
+    assert report.retained is not None
+    point = report.retained.accumulations[0]
+    assert point.holder == "like_nodes grown_tree"
+    # And the single block.
+    assert point.children == nodes + 1
+    assert point.child_bytes == 72  # sizeof (struct branch) is 64: the smallest chunk that holds it
+
+
 # ------------------------------------------------------------------------------------- leaks alone marked
 
 VERDICT_OF_LEAK = {

@@ -345,3 +345,17 @@ def test_mappings_that_malloc_knows_nothing_of(case: str) -> None:
     assert numbers["untouched"] in ((64, 0, 0), (64, 0, 64))
     for one, (low, high) in zip(private, bounds, strict=True):
         assert low <= one.resident_bytes <= high
+
+
+def test_what_the_program_shares_or_copied_of_files_is_in_the_verdict() -> None:
+    """It wrote to one of two pages of a private mapping of its own file, and mapped 3 x 64 pages of shared memory."""
+    _, report, truth = table_and_truth("mapped_memory")
+    items = {item.topic: item for item in report.verdict}
+    page = report.process.page_bytes
+    assert items["written_files"].bytes == noted(truth, "file")[1] - noted(truth, "file")[0] == 2 * page
+    assert items["written_files"].whole == "writable_private"
+    shared = items["shared_memory"]
+    assert (shared.bytes, shared.whole) == (3 * 64 * page, "writable_shared")
+    private = [item for item in report.verdict if item.whole == "writable_private"]
+    # Each part of the whole once: headers of malloc's own mappings alone are nobody's.
+    assert 0 <= private[0].of_bytes - sum(item.bytes for item in private) < page

@@ -13,7 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coreheap.corefile import Core, open_core
+from coreheap.corefile.stacks import find_stacks
+from coreheap.crashes.abort_message import find_abort_message
 from coreheap.errors import InputNotUsable, MemoryFault
+from tests.conftest import calls_of
 from tests.core_builder import CoreBuilder, elf_image, note
 
 PAGE = 4096
@@ -248,3 +251,41 @@ def test_text_of_the_process_is_never_a_path_outside_of_the_sysroot(tmp_path: Pa
     path = builder.write(tmp_path / "core")
     with open_core(path, sysroot=root) as core:
         assert [module.file for module in core.modules] == [None]
+
+
+def test_pointers_that_may_lead_to_last_words_cost_little(tmp_path: Path) -> None:
+    """Data full of pointers to pages: every word of every library might be __abort_msg."""
+    builder, target, parts = CoreBuilder(), 0x7000_0000_0000, 8
+    builder.add_segment(target, bytes(PAGE))
+    builder.add_segment(target + (1 << 30), None, 1 << 29)
+    pages = target + (1 << 30) + np.arange((2 << 20) // parts // 8, dtype=np.uint64) * np.uint64(PAGE)
+    for number in range(4):
+        start, path = 0x7F00_0000_0000 + number * (16 << 20), f"/lib/lib{number}.so"
+        builder.add_segment(start, elf_image(build_id=bytes([number]) * 20)[:PAGE], flags="r--")
+        builder.add_file_mapping(start, start + PAGE, 0, path)
+        for part in range(parts):
+            words = np.full(len(pages), target, "<u8") if part % 2 else pages
+            place = start + PAGE + part * (words.nbytes + PAGE)
+            builder.add_segment(place, words.tobytes())
+            builder.add_file_mapping(place, place + words.nbytes, PAGE, path)
+    builder.add_thread(stack_pointer=target)
+    with open_core(builder.write(tmp_path / "core")) as core:
+        assert len(core.modules) >= 4
+        message, calls = calls_of(lambda: find_abort_message(core))
+    assert message is None
+    # A million words, of which each was followed; now each target is, and so many of them at most.
+    assert calls < 1_500_000
+
+
+def test_stacks_full_of_what_may_be_descriptors_cost_little(tmp_path: Path) -> None:
+    """Every word of the stacks might begin a descriptor's three, and no thread pointer says where to look."""
+    builder = CoreBuilder()
+    builder.add_segment(0x1000, bytes(PAGE))
+    words = np.full((1 << 20) // 8, 0x1000, "<u8").tobytes()
+    for number in range(8):
+        start = 0x7000_0000_0000 + number * (4 << 20)
+        builder.add_segment(start, words)
+        builder.add_thread(100 + number, stack_pointer=start, thread_pointer=0)
+    with open_core(builder.write(tmp_path / "core")) as core:
+        _, calls = calls_of(lambda: find_stacks(core))
+    assert calls < 200_000  # 5 million were

@@ -177,6 +177,25 @@ def test_each_kind_of_memory_has_its_leaf(tmp_path: Path) -> None:
     assert ledger.child("no_access").bytes == tails
 
 
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        # As /proc/self/maps and NT_FILE show them: mmap(MAP_PRIVATE) and mmap(MAP_SHARED) of the device.
+        ("/dev/zero", MappingKind.UNEXPLAINED),
+        ("/dev/zero (deleted)", MappingKind.SHARED_MEMORY),
+        ("/memfd:buffers (deleted)", MappingKind.SHARED_MEMORY),
+        ("/anon_hugepage (deleted)", MappingKind.UNEXPLAINED),
+        ("/dev/zeroes", MappingKind.MAPPED_FILE),
+    ],
+)
+def test_memory_that_the_kernel_names_a_file_for(path: str, kind: MappingKind, tmp_path: Path) -> None:
+    builder = CoreBuilder().add_segment(0x10000, b"\x11" * PAGE).add_thread()
+    builder.add_file_mapping(0x10000, 0x10000 + PAGE, 0, path)
+    with coreheap.open(builder.write(tmp_path / "core")) as core:
+        table = account_for_memory(core, None).mappings
+    assert [KINDS[row] for row in table.kind.tolist()] == [kind]
+
+
 def test_empty_core_has_an_empty_ledger(tmp_path: Path) -> None:
     with coreheap.open(CoreBuilder().write(tmp_path / "core")) as core:
         ledger = build_ledger(core, None)

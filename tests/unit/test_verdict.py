@@ -221,6 +221,49 @@ def test_where_hardly_anything_is_known_what_may_have_been_decides(sound: Case) 
     assert order.index("unknown" if "unknown" in order else "not_malloc") < order.index("thread_stacks")
 
 
+def test_a_reservation_that_nobody_touched_does_not_hide_what_is_known(sound: Case) -> None:
+    """80 GiB of MAP_NORESERVE, of which a page was there: 2 MiB that surely were in memory lead, not bounds of 0 to 3 MiB."""
+    reserved = (OTHER, 80 << 30, 4096, 4096)
+    live, perhaps = (STACK, 2 * MIB, 2 * MIB, 2 * MIB), (DATA, 3 * MIB, 0, 3 * MIB)
+    first, *_ = items_of(sound, of_mappings(reserved, live, perhaps))
+    assert first.topic == "thread_stacks"
+
+
+FILE, SHARED = MappingKind.MAPPED_FILE, MappingKind.SHARED_MEMORY
+
+
+def test_written_copies_of_files_are_memory_of_the_program(sound: Case) -> None:
+    parts = (FILE, 300 * MIB, 0, 300 * MIB), (DATA, 3 * MIB, MIB, 3 * MIB)
+    table = of_mappings(*parts)
+    first, *_ = items_of(sound, table)
+    assert (first.topic, first.bytes, first.of_bytes) == ("written_files", 300 * MIB, 303 * MIB)
+    assert any("does not tell private mappings" in reason for reason in first.weakened_by)
+    # What the core does not hold nobody wrote to, or is the file's; what is not writable is no copy.
+    for unwritten in (
+        dataclasses.replace(table, saved_bytes=np.array([0, 3 * MIB], np.uint64)),
+        dataclasses.replace(table, flags=np.array([4, 6], np.uint8)),
+        dataclasses.replace(table, flags=np.array([8, 6], np.uint8)),
+    ):
+        items = items_of(sound, unwritten)
+        assert [(item.topic, item.of_bytes) for item in items] == [("module_data", 3 * MIB)]
+
+
+def test_much_shared_memory_is_a_whole_of_its_own(sound: Case) -> None:
+    data = DATA, 100 * MIB, 100 * MIB, 100 * MIB
+    little, much = (of_mappings(data, (SHARED, count * MIB, 0, count * MIB)) for count in (4, 400))
+    assert [item.topic for item in items_of(sound, little)] == ["module_data"]
+    first, shared = items_of(sound, much)
+    assert (first.topic, first.of_bytes, first.of_resident_high) == ("module_data", 100 * MIB, 100 * MIB)
+    assert (shared.topic, shared.whole, shared.bytes, shared.of_bytes) == (
+        "shared_memory",
+        "writable_shared",
+        400 * MIB,
+        400 * MIB,
+    )
+    assert (shared.resident_low, shared.resident_high) == (0, 400 * MIB)
+    assert items_of(sound, dataclasses.replace(much, flags=np.array([6, 4], np.uint8)))[1:] == ()
+
+
 def test_what_is_told_by_its_place_alone_is_doubted(sound: Case) -> None:
     def confidence(supposed: int) -> Confidence:
         case = dataclasses.replace(sound, gaps=())

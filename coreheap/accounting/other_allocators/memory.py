@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from coreheap.corefile import Core, Module
 from coreheap.corefile.kinds import WRITE
-from coreheap.corefile.regions import left_of, without_overlap
+from coreheap.corefile.regions import left_of, row_holding, without_overlap
 
 UInt64s = npt.NDArray[np.uint64]
 Bools = npt.NDArray[np.bool_]
@@ -70,16 +70,20 @@ class AnonymousMemory:
         return known & (start < end) & (end <= high[row])
 
     def multiples_of(self, byte_count: int) -> UInt64s:
-        """The addresses in saved writable memory that are multiples of ``byte_count``, sorted.
+        """The addresses in writable memory with saved content that are multiples of ``byte_count``, sorted.
 
-        Saved alone: a header may claim a segment of any size, the file bounds what is saved.
+        Content alone: a header may claim a segment of any size, and in a hole of the file, where reading would fill the page
+        cache, there is no structure.
         """
         found = [np.zeros(0, np.uint64)]
-        for region_low, region_high in zip(*(column.tolist() for column in self.writable), strict=True):
-            for low, high in self.memory.saved_runs_within(region_low, region_high):
-                if low + -low % byte_count < high:
-                    found.append(np.arange(low + -low % byte_count, high, byte_count, dtype=np.uint64))
-        return np.concatenate(found)
+        start, end, _ = self.memory.populated_runs()
+        taken = without_overlap(*self.writable)
+        first = start + (~start + np.uint64(1)) % np.uint64(byte_count)
+        hit = (first < end) & (first >= start)
+        for low, high in zip(first[hit].tolist(), end[hit].tolist(), strict=True):
+            found.append(np.arange(low, high, byte_count, dtype=np.uint64))
+        address = np.concatenate(found)
+        return address[row_holding(address, *taken)[1]]
 
     def words(self, start: int, end: int) -> Iterator[tuple[int, UInt64s]]:
         """(address, words) of the saved parts of [start, end) that have content; addresses are multiples of a word."""

@@ -14,7 +14,7 @@ import numpy as np
 from coreheap.allocators.glibc.arenas import ArenaFacts, ArenaSurvey
 from coreheap.allocators.glibc.content import changed_content, fill_byte
 from coreheap.allocators.glibc.identify import Identification
-from coreheap.allocators.glibc.judgement import FLAGS, PREV_INUSE, Judge
+from coreheap.allocators.glibc.judgement import FLAGS, NOBODY, PREV_INUSE, Judge
 from coreheap.allocators.glibc.overlay import Overlay
 from coreheap.allocators.glibc.records import BIN_COUNT, Layout
 from coreheap.allocators.glibc.tcache import Cache, slots_of_empty_lists
@@ -285,7 +285,7 @@ class Integrity:
                     expected_word=wanted,
                     header_address=cache.address - 2 * self.word,
                 ),
-                thread=cache.thread,
+                thread=cache.thread if cache.thread is not None else NOBODY,
             )
 
     # Free chunks

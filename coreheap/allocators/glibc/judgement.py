@@ -7,6 +7,7 @@ Knows: ``messages`` (data), locks, and where threads stand. Does not know: how c
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from coreheap.allocators.glibc.arenas import ArenaFacts
 from coreheap.allocators.glibc.identify import Identification
 from coreheap.allocators.glibc.messages import RULES, UNKNOWN_RULE, Moment, message_for
 from coreheap.corefile import Core
+from coreheap.corefile.interruptions import Interruption, interruptions
 from coreheap.corefile.threads import Thread
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Anomaly, Confidence
@@ -22,6 +24,8 @@ from coreheap.kernels import ChunkIndex, ChunkState, WalkAnomaly, chunk_extents
 FLAGS = 7
 PREV_INUSE, IS_MMAPPED, NON_MAIN_ARENA = 1, 2, 4
 SIGABRT = 6
+SIGNALS_OF_FAULTS = frozenset((4, SIGABRT, 7, 8, 11))
+"""SIGILL, SIGABRT, SIGBUS, SIGFPE, SIGSEGV."""
 BELONGS_TO_CHUNK = (ChunkState.UNSORTED_BIN, ChunkState.SMALL_BIN, ChunkState.LARGE_BIN)
 
 WALK_CODES = frozenset({"broken_chunk", "top_not_reached", *(anomaly.name.lower() for anomaly in WalkAnomaly)})
@@ -41,6 +45,14 @@ SYSCALLS_OF_MALLOC = {
 """Where the number of the system call is that a thread is in, and those that malloc makes in the middle of an operation: brk,
 mmap, munmap, mremap, mprotect, madvise (arch/x86/entry/syscalls). aarch64's core does not say which call it is."""
 
+MOST_UNFINISHED_FIRST = (Moment.BETWEEN_STORES, Moment.BETWEEN_STEPS)
+
+NOBODY = -1
+"""The thread of a tcache whose thread is not in the core."""
+
+SYSCALL_BYTES = 2
+"""The length of the instruction ``syscall``, which leaves the address behind it in rcx (x86_64)."""
+
 MOST_THREADS = 1 << 12
 """Threads that are asked where they stand; with more, every moment is possible."""
 
@@ -56,14 +68,32 @@ class Judge:
         self.arenas = arenas
         self._mallocs = [core.module_at(copy.ring.main) for copy in copies if copy.ring.main is not None]
         self.has_one_thread = len(core.threads) <= 1
-        stands = {thread.index: self._stands(thread) for thread in core.threads[:MOST_THREADS]}
-        self._between_stores = {index for index, moment in stands.items() if moment is Moment.BETWEEN_STORES}
-        self._between_steps = {index for index, moment in stands.items() if moment is not Moment.NEVER}
-        # glibc stops itself between steps. With nobody else inside malloc, no list is half changed.
-        self._nobody_between_stores = (
-            core.process.signal == SIGABRT and not self._between_stores and len(core.threads) <= MOST_THREADS
-        )
         self._glibc_stopped_itself = core.process.signal == SIGABRT and not self._has_no_last_words()
+
+    @cached_property
+    def _moments(self) -> dict[int, Moment]:
+        """Where threads are in malloc, by their index; asked for only where something contradicts itself."""
+        return {thread.index: self._stands(thread) for thread in self.core.threads[:MOST_THREADS]}
+
+    @cached_property
+    def _between_stores(self) -> set[int]:
+        return {index for index, moment in self._moments.items() if moment is Moment.BETWEEN_STORES}
+
+    @cached_property
+    def _between_steps(self) -> set[int]:
+        return {index for index, moment in self._moments.items() if moment is not Moment.NEVER}
+
+    @property
+    def _died_of_itself(self) -> bool:
+        """Whether what a thread met may have ended the process: then a thread inside malloc may have met the contradiction."""
+        process = self.core.process
+        return process.signal in SIGNALS_OF_FAULTS and process.sender_pid in (None, process.pid)
+
+    @property
+    def _nobody_between_stores(self) -> bool:
+        """glibc stops itself between steps. With nobody else inside malloc, no list is half changed."""
+        is_stopped = self.core.process.signal == SIGABRT and len(self.core.threads) <= MOST_THREADS
+        return is_stopped and not self._between_stores
 
     # What a contradiction means
 
@@ -72,21 +102,33 @@ class Judge:
     ) -> Anomaly:
         """The anomaly with glibc's message, its arena's lock and its confidence; ``place`` as in ``messages``.
 
-        ``thread``: whose tcache it is about, which no lock guards. ``moment``: when malloc could leave this very contradiction,
-        where its words say more than its code does.
+        ``thread``: whose tcache it is about, which no lock guards; NOBODY for a thread that is not in the core. ``moment``: when
+        malloc could leave this very contradiction, where its words say more than its code does.
         """
         rule = RULES.get(anomaly.code, UNKNOWN_RULE)
         facts = self.arenas[anomaly.arena] if anomaly.arena is not None else None
         locked = facts.state.mutex != 0 if facts is not None and facts.state is not None else None
         confidence = min(rule.confidence, anomaly.confidence, key=lambda level: level.rank)
-        if self._may_be_of_the_moment(moment or rule.moment, locked, thread, facts is not None):
+        is_of_the_moment = self._may_be_of_the_moment(moment or rule.moment, locked, thread, facts is not None)
+        if is_of_the_moment:
             confidence = min(confidence, Confidence.PLAUSIBLE, key=lambda level: level.rank)
         message = anomaly.message or message_for(anomaly.code, place, self.layout.generation, self.release)
-        return replace(anomaly, message=message, arena_locked=locked, confidence=confidence)
+        return replace(
+            anomaly,
+            message=message,
+            arena_locked=locked,
+            confidence=confidence,
+            may_be_of_the_moment=is_of_the_moment and (thread == NOBODY or not self._died_of_itself),
+        )
 
     def _may_be_of_the_moment(self, moment: Moment, locked: bool | None, thread: int | None, is_of_arena: bool) -> bool:
         """Whether malloc itself may have left a contradiction of a kind, as far as locks and threads tell."""
-        if moment is Moment.NEVER or (moment is Moment.BETWEEN_STORES and self._nobody_between_stores):
+        if moment is Moment.NEVER:
+            return False
+        if thread == NOBODY:
+            # fork waits for no tcache: the child has those of the parent's other threads as they were just then.
+            return True
+        if moment is Moment.BETWEEN_STORES and self._nobody_between_stores:
             return False
         if locked:
             return True
@@ -100,9 +142,33 @@ class Judge:
         return bool(busy) or aborting or len(self.core.threads) > MOST_THREADS
 
     def _stands(self, thread: Thread) -> Moment:
-        """Where a thread may be in malloc: outside, between two steps (in a system call), or anywhere."""
-        module = self.core.module_at(thread.program_counter)
-        if module is None or all(module is not other for other in self._mallocs):
+        """Where a thread may be in malloc: outside, between two steps (in a system call), or anywhere.
+
+        A signal handler may have come in the middle of it, too.
+        """
+        moments = [self._stood(frame) for frame in interruptions(self.core, thread)]
+        moments.append(self._stands_now(thread))
+        return next((moment for moment in MOST_UNFINISHED_FIRST if moment in moments), Moment.NEVER)
+
+    def _is_in_malloc(self, program_counter: int) -> bool:
+        module = self.core.module_at(program_counter)
+        return module is not None and any(module is other for other in self._mallocs)
+
+    def _stood(self, frame: Interruption) -> Moment:
+        """Where a thread was in malloc when a signal interrupted it."""
+        if not self._is_in_malloc(frame.program_counter):
+            return Moment.NEVER
+        behind = frame.registers.get("rcx", 0) - frame.program_counter
+        if behind not in (0, SYSCALL_BYTES):
+            return Moment.BETWEEN_STORES
+        # In a system call. Those of malloc are not restarted, and work on pages: the first argument, or what mmap returned.
+        page = self.core.page_bytes
+        place = frame.registers.get("rdi") or frame.registers.get("rax", 0)
+        is_call_of_malloc = behind == 0 and place >= page and place % page == 0
+        return Moment.BETWEEN_STEPS if is_call_of_malloc else Moment.NEVER
+
+    def _stands_now(self, thread: Thread) -> Moment:
+        if not self._is_in_malloc(thread.program_counter):
             return Moment.NEVER
         name, calls = SYSCALLS_OF_MALLOC.get(self.core.machine, ("", frozenset()))
         number = thread.registers.get(name)

@@ -20,7 +20,7 @@ from coreheap.allocators.glibc.records import (
     heap_info_is_plausible,
     read_heap_info,
 )
-from coreheap.corefile import AddressSpace, Backing, Core
+from coreheap.corefile import AddressSpace, Core
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Evidence, Strength
 from coreheap.kernels import (
@@ -92,18 +92,19 @@ def mapped_writable(memory: AddressSpace, addresses: UInt64s) -> npt.NDArray[np.
 
 
 def sub_heap_headers(core: Core, layout: Layout, heap_max: int) -> tuple[HeapInfo, ...]:
-    """Every plausible heap_info at a multiple of ``heap_max`` in saved writable memory, by address.
+    """Every plausible heap_info at a multiple of ``heap_max`` in saved writable memory with content, by address.
 
     The first four fields are alike in all releases (2.12-2.44), so the layout decides nothing here.
     """
     memory = core.memory
-    saved = ((memory.region_flags & WRITABLE) != 0) & (memory.region_backing == Backing.SAVED)
-    start, end = memory.region_start[saved], memory.region_end[saved]
+    # Not in holes of the file: reading there would fill the page cache, and a reservation of terabytes has many multiples.
+    start, end, _ = memory.populated_runs()
     first = (start + np.uint64(heap_max - 1)) & ~np.uint64(heap_max - 1)
     hit = (first < end) & (first >= start)
-    headers = []
+    headers: list[HeapInfo] = []
     for begin, stop in zip(first[hit].tolist(), end[hit].tolist(), strict=True):
-        for address in range(begin, stop, heap_max):
+        multiples = np.arange(begin, stop, heap_max, dtype=np.uint64)
+        for address in multiples[mapped_writable(memory, multiples)].tolist():
             try:
                 info = read_heap_info(memory, address, layout)
             except MemoryFault:

@@ -13,6 +13,7 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
+from coreheap.allocators.glibc.gathering import words_at
 from coreheap.allocators.glibc.locate import anonymous_ranges, joined
 from coreheap.allocators.glibc.records import Layout
 from coreheap.corefile import AddressSpace, Core
@@ -23,7 +24,7 @@ from coreheap.quantities import AddressRange, format_bytes
 MOST_SURPLUS = 3
 """Headers too many that are told from real ones by the bytes they add; more are only reported."""
 
-IS_MMAPPED = 2
+IS_MMAPPED, FLAGS = 2, 7
 MOST_COMBINED = 64
 MOST_RANGES = 1 << 12
 """Stretches of anonymous memory in which the mapping of a damaged header is looked for."""
@@ -57,7 +58,7 @@ def find_mmapped(
     names the counter at ``counter_places`` (of n_mmaps and mmapped_mem, None where there are several copies of malloc). A
     mapping that was not saved to its end is left out with a gap: memalign may have put the chunk's header further in.
     """
-    found = _headers_that_fit(core, layout, excluded)
+    found = _with_remapped(core, layout, excluded, _headers_that_fit(core, layout, excluded), n_mmaps, mmapped_mem)
     whole = _is_saved_to_its_end(core.memory, found)
     gaps = tuple(
         Gap(
@@ -248,6 +249,76 @@ def _headers_that_fit(core: Core, layout: Layout, excluded: list[tuple[int, int]
         np.concatenate([table.mapping_bytes for table in tables]),
         np.concatenate([table.chunk_bytes for table in tables]),
     )
+
+
+def _with_remapped(
+    core: Core,
+    layout: Layout,
+    excluded: list[tuple[int, int]],
+    found: MmappedChunks,
+    n_mmaps: int | None,
+    mmapped_mem: int | None,
+) -> MmappedChunks:
+    """The table with chunks of memalign that realloc changed, where mp_ counts other chunks than were found.
+
+    The header that memalign left at the start of such a mapping has its old size, and once mremap has moved it, the payload is
+    aligned to a page only. The real header leads over whole pages back to the start. Taken only where all then adds up.
+    """
+    if n_mmaps is None or mmapped_mem is None or (len(found) == n_mmaps and _bytes_of(found) == mmapped_mem):
+        return found
+    deep = _headers_deep_in_mappings(core, layout, excluded)
+    if not len(deep):
+        return found
+    taken = zip(deep.mapping_start.tolist(), (deep.mapping_start + deep.mapping_bytes).tolist(), strict=True)
+    others = _headers_that_fit(core, layout, [*excluded, *taken])
+    order = np.argsort(np.concatenate([deep.mapping_start, others.mapping_start]))
+    table = MmappedChunks(
+        np.concatenate([deep.header_address, others.header_address])[order],
+        np.concatenate([deep.mapping_start, others.mapping_start])[order],
+        np.concatenate([deep.mapping_bytes, others.mapping_bytes])[order],
+        np.concatenate([deep.chunk_bytes, others.chunk_bytes])[order],
+    )
+    # Where mremap lets mmapped_mem drift, it is some words too high for each: then the count decides.
+    adds_up = _bytes_of(table) == mmapped_mem or (
+        layout.generation.mmapped_mem_drifts and _bytes_of(table) < mmapped_mem
+    )
+    return table if len(table) == n_mmaps and adds_up else found
+
+
+def _bytes_of(table: MmappedChunks) -> int:
+    return int(table.mapping_bytes.sum())
+
+
+def _headers_deep_in_mappings(core: Core, layout: Layout, excluded: list[tuple[int, int]]) -> MmappedChunks:
+    """Headers whose payload begins at a page and that lead one page or more back to the start of their mapping.
+
+    Sorted by mapping; of those that overlap the first.
+    """
+    memory, geometry = core.memory, layout.geometry
+    page, word, trailer = np.uint64(core.page_bytes), core.word_bytes, np.uint64(layout.mmapped_trailer_bytes)
+    parts = [np.zeros((0, 4), np.uint64)]
+    for start, end in anonymous_ranges(core, excluded):
+        for first, last in joined(memory.populated_extents(start, end)):
+            begin = first - first % core.page_bytes
+            headers = np.arange(begin + core.page_bytes, last + 1, core.page_bytes, dtype=np.uint64)
+            headers -= np.uint64(geometry.header_bytes)
+            lead, lead_saved = words_at(memory, headers)
+            size_word, size_saved = words_at(memory, headers + np.uint64(word))
+            fits = lead_saved & size_saved & (size_word & np.uint64(FLAGS) == np.uint64(IS_MMAPPED))
+            headers, lead, size = headers[fits], lead[fits], size_word[fits] & np.uint64(~FLAGS & (1 << 64) - 1)
+            if trailer:
+                lead &= np.uint64(~1 & (1 << 64) - 1)  # whether the mapping is of huge pages
+            room = np.uint64(end) - headers
+            inside = (lead >= page) & (lead <= headers - np.uint64(start)) & (size <= room) & (size + trailer <= room)
+            inside &= ((headers - lead) % page == 0) & ((lead + size + trailer) % page == 0)
+            inside &= size >= np.uint64(geometry.minimum_chunk_bytes)
+            headers, lead, size = headers[inside], lead[inside], size[inside]
+            parts.append(np.stack([headers, headers - lead, lead + size + trailer, size], axis=1))
+    table = np.concatenate(parts)
+    table = table[np.argsort(table[:, 1], kind="stable")]
+    reach = np.maximum.accumulate(np.concatenate([np.zeros(1, np.uint64), table[:, 1] + table[:, 2]]))[:-1]
+    header, start_of_mapping, mapping_bytes, size = np.ascontiguousarray(table[table[:, 1] >= reach].T)
+    return MmappedChunks(header, start_of_mapping, mapping_bytes, size)
 
 
 def _is_saved_to_its_end(memory: AddressSpace, found: MmappedChunks) -> npt.NDArray[np.bool_]:

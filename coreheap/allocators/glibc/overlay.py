@@ -11,7 +11,7 @@ import numpy as np
 
 from coreheap.allocators.glibc.arenas import ArenaFacts
 from coreheap.allocators.glibc.cached_links import CachedLinks, Popped, common_key
-from coreheap.allocators.glibc.judgement import PREV_INUSE, Judge
+from coreheap.allocators.glibc.judgement import NOBODY, PREV_INUSE, Judge
 from coreheap.allocators.glibc.messages import Moment
 from coreheap.allocators.glibc.records import BIN_COUNT, Layout, UInt64s
 from coreheap.allocators.glibc.structures import TcacheKey, bin_numbers, tcache_bin_sizes
@@ -235,7 +235,7 @@ class Overlay:
                     (None, number, bin_number),
                     cache.address + fields.offset("entries") + bin_number * self.geometry.word_bytes,
                     cache.address + fields.offset("counts") + bin_number * fields.fields["counts"].element_bytes,
-                    cache.thread,
+                    cache.thread if cache.thread is not None else NOBODY,
                 )
         first_list = len(self.lists)
         outcome = self._follow(

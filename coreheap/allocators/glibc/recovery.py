@@ -10,6 +10,7 @@ where the first of them starts; only where nothing else speaks is the first chai
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -201,6 +202,20 @@ def _followed(
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
+@dataclass(frozen=True, slots=True)
+class _Suspect:
+    """A chunk whose header may be the damaged one."""
+
+    offset: int
+    size_word: int
+    score: int
+    """What speaks for and against it, whatever its right size."""
+    listed_size: int
+    """The size of the chunks on the free list that leads to it; as ``ListedChunks.size_at``."""
+    starts_behind: list[int]
+    """Offsets of proven chunks behind it that something leads to, ascending."""
+
+
 @dataclass(slots=True)
 class Recovery:
     """Weighs what a damaged stretch of one region can have been. ``view`` are the region's saved bytes from ``start`` on."""
@@ -215,6 +230,7 @@ class Recovery:
     non_main: bool
     _proven: dict[int, int] = field(default_factory=dict)
     _chains: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    _near: dict[int, dict[int, tuple[int, str]]] = field(default_factory=dict)
     _tells: bool = False
     """Whether lists and pointers lead to most chunks here, so that a start that nothing leads to is doubtful."""
 
@@ -237,9 +253,11 @@ class Recovery:
         led_to = [self._is_led_to(node, pointed_to) for node in (*trail, *after)]
         self._tells = len(led_to) >= FEW and sum(led_to) >= MOSTLY * len(led_to)
         best: tuple[int, Boundary] | None = None
-        for distance, suspect in enumerate(suspects):
-            for candidate in self._candidates(suspect, broken, pointed_to):
-                score, boundary = self._weigh(suspect, candidate, broken, distance, pointed_to)
+        broken_is_a_chunk = self._is_led_to(broken, pointed_to)
+        for distance, offset in enumerate(suspects):
+            suspect = self._suspected(offset, distance, broken_is_a_chunk, pointed_to)
+            for candidate in self._candidates(offset, broken, pointed_to):
+                score, boundary = self._weigh(suspect, candidate, pointed_to)
                 if best is None or score > best[0]:
                     best = score, boundary
         if best is None:
@@ -277,7 +295,7 @@ class Recovery:
         """Offsets at which the chunk of a suspect's header may end, each once, the nearest first."""
         geometry = self.geometry
         observed = self.word(suspect + geometry.word_bytes)
-        found = {suspect + size for size, _, _ in self._variants(observed)}
+        found = {suspect + size for size in self._near_sizes(observed)}
         found.add(suspect + self._listed().size_at(self.start + suspect))
         nodes = self._chain_behind(suspect)
         reach = (nodes[0] if nodes else suspect) + REACH_BYTES
@@ -315,6 +333,12 @@ class Recovery:
             step = chain_reaches(self.view, self.geometry, offset, self.top_offset, 1, self.region_bytes)
             offset = step.end_offset if step.stop_reason is StopReason.LIMIT else -1
 
+    def _near_sizes(self, observed: int) -> dict[int, tuple[int, str]]:
+        """The sizes of ``_variants`` with the weight and the reason of each."""
+        if observed not in self._near:
+            self._near[observed] = {size: (weight, reason) for size, weight, reason in self._variants(observed)}
+        return self._near[observed]
+
     def _variants(self, observed: int) -> Iterator[tuple[int, int, str]]:
         """(size, weight, reason): sizes that differ from a size word in one bit, or in its lowest byte."""
         size, alignment = observed & ~FLAGS, self.geometry.alignment
@@ -329,19 +353,38 @@ class Recovery:
                 if high + low >= self.geometry.minimum_chunk_bytes and (high + low ^ size).bit_count() != 1:
                     yield high + low, weight, "its size word differs from that in the lowest byte alone"
 
-    def _weigh(
-        self, suspect: int, candidate: int, broken: int, distance: int, pointed_to: UInt64s | None
-    ) -> tuple[int, Boundary]:
+    def _suspected(self, offset: int, distance: int, broken_is_a_chunk: bool, pointed_to: UInt64s | None) -> _Suspect:
+        observed, score = self.word(offset + self.geometry.word_bytes), -distance
+        if distance:
+            score += WELL_FORMED if self._is_well_formed(observed) else ILL_FORMED
+            score += PASSED_OVER * 2 if broken_is_a_chunk else 0
+            score += 1 if self._is_pointed_to(offset, pointed_to) else 0
+        elif broken_is_a_chunk:
+            score += IS_POINTED_TO
+        elif self._tells:
+            # Other chunks here are pointed to, this one is not: perhaps it is none.
+            score += IS_NOT_POINTED_TO
+        if not distance and self._goes_on_from_before(offset):
+            score += SAME_FOREIGN_BYTES
+        return _Suspect(
+            offset,
+            observed,
+            score,
+            self._listed().size_at(self.start + offset),
+            self._starts_behind(offset, pointed_to),
+        )
+
+    def _weigh(self, suspect: _Suspect, candidate: int, pointed_to: UInt64s | None) -> tuple[int, Boundary]:
         """How much speaks for: the header of ``suspect`` is damaged, and the next chunk starts at ``candidate``."""
         word = self.geometry.word_bytes
-        observed, size = self.word(suspect + word), candidate - suspect
-        score, for_size, repaired = -distance - (PROVEN - self._proof(candidate)), 0, False
+        observed, size = suspect.size_word, candidate - suspect.offset
+        score, for_size, repaired = suspect.score - (PROVEN - self._proof(candidate)), 0, False
         reasons: list[str] = []
-        matching = [(weight, reason) for other, weight, reason in self._variants(observed) if other == size]
+        matching = self._near_sizes(observed).get(size)
         if observed & ~FLAGS == size:
-            matching.append((ONE_BIT, "its size is right, its flags are not"))
+            matching = ONE_BIT, "its size is right, its flags are not"
         if matching:
-            weight, reason = max(matching)
+            weight, reason = matching
             for_size, repaired = weight, weight >= LOW_BYTE
             reasons.append(reason)
         next_word, before = self.word(candidate + word), self.word(candidate)
@@ -351,7 +394,7 @@ class Recovery:
             else:
                 for_size, repaired = for_size + FOOTER, True
                 reasons.append("the prev_size behind it says so")
-        if self._listed().size_at(self.start + suspect) == size:
+        if suspect.listed_size == size:
             for_size, repaired = for_size + LIST_SIZE, True
             reasons.append("it is on a free list of that size")
         if self._tells and self._is_listed(candidate):
@@ -360,31 +403,17 @@ class Recovery:
         if self._tells and self._is_pointed_to(candidate, pointed_to):
             for_size += POINTED_TO
             reasons.append("pointers lead to the next chunk's payload")
-        between = self._starts_between(suspect, candidate, pointed_to)
-        for_size += PASSED_OVER * min(between, MOST_PASSED)
+        for_size += PASSED_OVER * min(bisect_left(suspect.starts_behind, candidate), MOST_PASSED)
+        nodes = self._chain_behind(suspect.offset)
         if not self._tells:
-            nodes = self._chain_behind(suspect)
             for_size -= sum(node < candidate for node in nodes)
-        score += for_size
-        broken_is_a_chunk = self._is_led_to(broken, pointed_to)
-        if distance:
-            score += WELL_FORMED if self._is_well_formed(observed) else ILL_FORMED
-            score += PASSED_OVER * 2 if broken_is_a_chunk else 0
-            score += 1 if self._is_pointed_to(suspect, pointed_to) else 0
-        elif broken_is_a_chunk:
-            score += IS_POINTED_TO
-        elif self._tells:
-            # Other chunks here are pointed to, this one is not: perhaps it is none.
-            score += IS_NOT_POINTED_TO
-        if not distance and self._goes_on_from_before(suspect):
-            score += SAME_FOREIGN_BYTES
         proven = for_size >= PROVEN_SCORE
         if not repaired:
             # Something may start between: then this is not one chunk but several, or old headers in its payload.
-            proven = proven and not any(node < candidate for node in self._chain_behind(suspect))
-            proven = proven and not self._led_to_between(suspect, candidate, pointed_to)
-        return score, Boundary(
-            suspect, candidate, size if proven else None, repaired and proven, tuple(reasons) if proven else ()
+            proven = proven and not any(node < candidate for node in nodes)
+            proven = proven and not self._led_to_between(suspect.offset, candidate, pointed_to)
+        return score + for_size, Boundary(
+            suspect.offset, candidate, size if proven else None, repaired and proven, tuple(reasons) if proven else ()
         )
 
     # Facts
@@ -430,19 +459,16 @@ class Recovery:
     def _is_listed(self, offset: int) -> bool:
         return _holds(self.listed, self.start + offset)
 
-    def _starts_between(self, suspect: int, candidate: int, pointed_to: UInt64s | None) -> int:
-        """How many proven chunks that something leads to would be swallowed."""
-        count = 0
+    def _starts_behind(self, suspect: int, pointed_to: UInt64s | None) -> list[int]:
+        """Offsets of the next proven chunks that something leads to, ascending; twice what a pointer and a list lead to."""
+        found: list[int] = []
         for column in (pointed_to, self.listed):
-            if column is None:
-                continue
-            first = np.searchsorted(column, np.uint64(self.start + suspect), side="right")
-            last = np.searchsorted(column, np.uint64(self.start + candidate), side="left")
-            for address in column[first:last][:POINTERS_WEIGHED].tolist():
-                offset = address - self.start
-                if not offset % self.geometry.alignment and self._is_proven(offset):
-                    count += 1
-        return count
+            if column is not None:
+                first = np.searchsorted(column, np.uint64(self.start + suspect), side="right")
+                last = np.searchsorted(column, np.uint64(self.start + self.region_bytes), side="left")
+                offsets = (column[first:last][:POINTERS_WEIGHED].astype(np.int64) - self.start).tolist()
+                found += [at for at in offsets if not at % self.geometry.alignment and self._is_proven(at)]
+        return sorted(found)
 
     def _led_to_between(self, suspect: int, candidate: int, pointed_to: UInt64s | None) -> bool:
         for column in (pointed_to, self.listed):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+
+import pytest
 
 import coreheap
 from coreheap.accounting import build_ledger
 from coreheap.checks import Case
 from coreheap.checks.partial_core import findings
-from coreheap.evidence import Confidence
+from coreheap.evidence import Confidence, Gap
 from coreheap.report import Severity
 from tests.unit.allocators.built_process import THREADS, BuiltProcess, build_process, release
 from tests.unit.checks.cases import without_heap
@@ -40,6 +43,21 @@ def test_missing_thread_storage_makes_a_core_partial(case_of: CaseOf) -> None:
 
 def test_sound_core_is_not_partial(case_of: CaseOf) -> None:
     assert findings(case_of(build_process(release("2.36"), THREADS))) == ()
+
+
+@pytest.mark.parametrize("cause", ["tcache_not_found", "release_unknown", "other_malloc_copy", "piece_of_unknown_copy"])
+def test_what_a_whole_core_does_not_tell_is_not_missing(case_of: CaseOf, cause: str) -> None:
+    """A program that called no malloc but posix_memalign has no tcache: no limit cut its core, and no other would have one."""
+    gap = Gap(cause, "something is unknown")
+    whole = build_process(release("2.36"), THREADS)
+    case = case_of(whole)
+    assert case.heap is not None
+    assert findings(dataclasses.replace(case, heap=dataclasses.replace(case.heap, gaps=(gap,)))) == ()
+    whole.unsaved.append((UNRELATED, UNRELATED + 0x10000, "rw-"))
+    case = case_of(whole)
+    assert case.heap is not None
+    (finding,) = findings(dataclasses.replace(case, heap=dataclasses.replace(case.heap, gaps=(gap,))))
+    assert finding.quantity("writable_bytes_not_saved") == 0x10000
 
 
 def test_unsaved_memory_beside_a_sound_heap_is_not_partial(case_of: CaseOf) -> None:

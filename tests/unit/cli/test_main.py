@@ -23,6 +23,7 @@ from coreheap.heap import ChunkState
 from coreheap.leaks import Verdict
 from coreheap.render.json_document import SchemaName, schema_text
 from coreheap.report import Report, Severity
+from tests.core_builder import CoreBuilder, elf_image
 from tests.unit import report_samples
 
 TABLES = ("arenas", "heaps", "chunks", "bins", "threads")
@@ -259,7 +260,7 @@ def test_the_users_words_reach_the_analysis(
 ) -> None:
     seen: dict[str, object] = {}
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "e").touch()
+    (tmp_path / "e").write_bytes(elf_image())
     for folder in ("s", "a", "b"):
         (tmp_path / folder).mkdir()
 
@@ -299,12 +300,17 @@ def test_the_users_words_reach_the_analysis(
         ("--debug-dir", "missing", "--debug-dir names no folder"),
         ("--exe", "missing", "--exe names no file"),
         ("--exe", ".", "--exe names no file"),
+        ("--exe", "file", "--exe names no program"),
+        ("--exe", "script", "found: a script"),
+        ("--exe", "core", "found: a core"),
     ],
 )
 def test_a_misspelt_folder_is_no_empty_folder(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str, option: str, name: str, problem: str
 ) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "script").write_text("#!/bin/sh\nexec program\n")
+    (tmp_path / "core").write_bytes(CoreBuilder().build())
     assert main([command, "core", option, str(tmp_path / name)]) == 2
     written = capsys.readouterr()
     assert not written.out

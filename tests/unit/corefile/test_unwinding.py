@@ -20,6 +20,7 @@ TEXT, TABLE, ENTRIES = 0x800, 0x1400, 0x1600
 FUNCTION_BYTES = 0x100
 REGISTERS, CFI = FrameSource.REGISTERS, FrameSource.CALL_FRAME_INFORMATION
 FRAME_POINTER, SCAN = FrameSource.FRAME_POINTER, FrameSource.STACK_SCAN
+RETURN_ADDRESS = FrameSource.RETURN_ADDRESS
 CALL = {"x86_64": b"\xe8\x10\x00\x00\x00", "i386": b"\xe8\x10\x00\x00\x00", "aarch64": b"\x04\x00\x00\x94"}
 # Register numbers of the psABIs: stack pointer, frame pointer, return address.
 NUMBERS = {"x86_64": (7, 6, 16), "i386": (4, 5, 8), "aarch64": (31, 29, 30)}
@@ -245,7 +246,7 @@ def test_a_call_to_nowhere_is_followed_back(tmp_path: Path, machine: str) -> Non
     else:
         process.stack = {0: behind_call(1), 64: behind_call(2)}
     steps, _ = trace(process, tmp_path)
-    assert shown(steps)[:2] == [(0, REGISTERS, True), (behind_call(1), SCAN, False)]
+    assert shown(steps)[:2] == [(0, REGISTERS, True), (behind_call(1), RETURN_ADDRESS, False)]
 
 
 SIGNAL_FRAMES = {
@@ -279,6 +280,33 @@ def test_a_signal_frame_of_the_kernel_is_passed_with_certainty(tmp_path: Path, m
         (behind_call(9), True, False),
     ]
     assert steps[2].stack_pointer == STACK + 0x400
+
+
+@pytest.mark.parametrize("machine", SIGNAL_FRAMES)
+def test_a_handler_without_unwind_information_returns_to_the_signal_frame(tmp_path: Path, machine: str) -> None:
+    """What a handler returns to lies behind no call."""
+    code, counter_at, pointer_at = SIGNAL_FRAMES[machine]
+    process = plain(machine)
+    del process.programs[2]
+    del process.programs[0]
+    trampoline = function(8)
+    process.code = {trampoline: code}
+    process.registers = thread(machine, function(0) + 0x20, STACK + 0x2000, frame_pointer=1)
+    frame = 0x2000 + 64
+    process.stack = {
+        frame - 8: trampoline,
+        frame + 32: behind_call(9),
+        frame + counter_at: function(1) + 0x30,
+        frame + pointer_at: STACK + 0x400,
+        0x440 - 8: behind_call(9),
+    }
+    steps, _ = trace(process, tmp_path)
+    assert [(step.program_counter, step.source) for step in steps[:3]] == [
+        (function(0) + 0x20, REGISTERS),
+        (trampoline, SCAN),
+        (function(1) + 0x30, REGISTERS),
+    ]
+    assert not any(step.is_certain for step in steps[1:])
 
 
 def test_old_signal_frames_of_i386(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coreheap.crash import AbortKind, AbortMessage, Frame, FrameSource
+from coreheap.crash import AbortKind, AbortMessage, FaultKind, Frame, FrameSource, PlaceNote
 from coreheap.crashes.abort_message import kind_of, plain_message, pointer_in
 from coreheap.crashes.backtrace import is_malloc_function
 from coreheap.crashes.signals import code_name, signal_name
@@ -113,6 +113,82 @@ def test_frames_that_tell(stack: list[tuple[str, str | None]], kept: list[str | 
     assert [one.symbol for one in telling_frames(frames)] == kept
 
 
+CXX = [("libstdc++.so.6.0.30", None), ("libstdc++.so.6.0.30", "_ZSt9terminatev")]
+THROWN = [*ABORT[:3], *CXX, ("libstdc++.so.6.0.30", "__cxa_throw")]
+
+
+@pytest.mark.parametrize(
+    ("stack", "kept"),
+    [
+        ([*THROWN, ("app", "f"), ("app", "g")], ["__cxa_throw", "f", "g"]),
+        ([*THROWN, ("libstdc++.so.6.0.30", None), ("app", "f")], [None, "f"]),
+        ([*ABORT[:3], *CXX, ("app", "f")], ["_ZSt9terminatev", "f"]),
+        # Through libgcc, as for a destructor that throws.
+        ([*THROWN[:4], ("libgcc_s.so.1", None), *THROWN[5:], ("app", "f")], ["__cxa_throw", "f"]),
+        # The program's own handler, which is the same for all.
+        ([*ABORT[:3], ("app", "handler"), *THROWN[3:], ("app", "f")], ["__cxa_throw", "f"]),
+        # A static program.
+        (
+            [
+                ("app", "raise"),
+                ("app", "abort"),
+                ("app", "_ZN9__gnu_cxx27__verbose_terminate_handlerEv.cold"),
+                ("app", "_ZN10__cxxabiv111__terminateEPFvvE"),
+                ("app", "_ZSt9terminatev"),
+                ("app", "__cxa_throw"),
+                ("app", "_ZSt20__throw_out_of_rangePKc"),
+                ("app", "f"),
+            ],
+            ["_ZSt20__throw_out_of_rangePKc", "f"],
+        ),
+        # No abort: the library crashed with what it was given.
+        ([("libc.so.6", "memcpy"), ("libstdc++.so.6.0.30", "_ZNSs6assignEPKc"), ("app", "f")], None),
+    ],
+)
+def test_an_exception_that_nobody_caught_is_known_by_who_threw(
+    stack: list[tuple[str, str | None]], kept: list[str | None] | None
+) -> None:
+    frames = [frame(number, *row) for number, row in enumerate(stack)]
+    wanted = [name for _, name in stack] if kept is None else kept
+    assert [one.symbol for one in telling_frames(frames)] == wanted
+
+
+def overflow(*names: str) -> tuple[str, ...]:
+    frames = [frame(number, "app", name) for number, name in enumerate(names)]
+    place = PlaceNote(0x7FFC_0000_0000, FaultKind.STACK_GUARD, "below the stack")
+    return signature_parts("SIGSEGV", place, None, (), frames, {})
+
+
+def test_a_recursion_is_known_by_its_functions_in_whatever_order() -> None:
+    ring = ["expression", "term", "atom"]
+    kinds = {
+        overflow(*top, *ring[first:], *(ring * 40)) for first in range(3) for top in ((), ("memset",), ("malloc",))
+    }
+    assert kinds == {
+        ("signal SIGSEGV", "fault stack_guard", "frame app atom", "frame app expression", "frame app term")
+    }
+
+
+def test_an_overflow_without_recursion_is_known_by_its_frames() -> None:
+    assert overflow("fill", "walk", "walk", "main")[2:] == (
+        "frame app fill",
+        "frame app walk",
+        "frame app walk",
+        "frame app main",
+    )
+
+
+def test_where_no_frame_names_a_module_the_program_does() -> None:
+    nowhere = Frame(0, 0, None, None, None, None, FrameSource.REGISTERS, True)
+    parts = {
+        signature_parts("SIGSEGV", None, None, (), [nowhere], {}, program=name)[1:] for name in ("one", "other", "one")
+    }
+    assert parts == {("frame outside of modules", f"program {name}") for name in ("one", "other")}
+    called = [nowhere, frame(1, "app", "f", FrameSource.RETURN_ADDRESS)]
+    parts = {signature_parts("SIGSEGV", None, None, (), called, {}, program=name)[1:] for name in ("one", "other")}
+    assert parts == {("frame outside of modules", "frame app f")}
+
+
 def test_words_that_look_like_return_addresses_are_no_part_of_a_signature() -> None:
     frames = [frame(0, "app", "f"), frame(1, "app", "g", FrameSource.STACK_SCAN), frame(2, "app", "h")]
     assert [one.symbol for one in telling_frames(frames)] == ["f"]
@@ -155,4 +231,5 @@ def test_names_of_signals_and_codes() -> None:
     assert (signal_name(11), code_name(11, 1), code_name(11, 2)) == ("SIGSEGV", "SEGV_MAPERR", "SEGV_ACCERR")
     assert (code_name(11, 128), code_name(11, 0), code_name(6, -6)) == ("SI_KERNEL", "SI_USER", "SI_TKILL")
     assert (code_name(7, 2), code_name(8, 1)) == ("BUS_ADRERR", "FPE_INTDIV")
+    assert (signal_name(31), code_name(31, 1), code_name(31, 2)) == ("SIGSYS", "SYS_SECCOMP", "SYS_USER_DISPATCH")
     assert (code_name(11, 77), code_name(6, 1), signal_name(200), code_name(None, 1)) == (None, None, None, None)

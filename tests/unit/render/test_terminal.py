@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from rich.cells import cell_len
 
 from coreheap.heap import NO_INDEX
 from coreheap.render import rows, tables
-from coreheap.render.page import PageStyle
+from coreheap.render.page import Page, PageStyle, plain_table
 from coreheap.render.terminal import report_text
 from coreheap.render.terminal_tables import chunks_text, table_text
 from coreheap.report import Report
@@ -38,6 +39,27 @@ def test_the_page_is_what_it_was(name: str, width: int, golden: Callable[[str, s
 def test_the_tables_are_what_they_were(name: str, width: int, golden: Callable[[str, str], None]) -> None:
     table = tables.table_named(name, REPORTS["report"])
     golden(f"table_{name}_{width}.txt", table_text(name, table, PageStyle(width=width, top=5)))
+
+
+@pytest.mark.parametrize("name", ["arenas", "heaps", "bins", "threads"])
+@pytest.mark.parametrize("width", [20, 60, 70, 80])
+def test_a_narrow_terminal_cuts_no_number(name: str, width: int) -> None:
+    """A size, a count or an address without its last digits would be another one."""
+    table = tables.table_named(name, REPORTS["report"])
+    wide, narrow = (table_text(name, table, PageStyle(width=columns, top=50)) for columns in (111, width))
+    numbers = re.compile(r"0x[0-9a-f]+|[0-9][0-9,.]*(?: [KMGT]?i?B\b)?")
+    assert len(numbers.findall(wide)) > len(table.rows)
+    assert Counter(numbers.findall(narrow)) == Counter(numbers.findall(wide))
+
+
+def test_names_are_cut_before_numbers_and_say_so() -> None:
+    page = Page(PageStyle(width=60))
+    table = plain_table([("name", False), ("address", False), ("bytes", True)])
+    table.add_row("n" * 200, "0x7f3a10000020", "1,490,304")
+    page.add(table)
+    (line,) = page.text().splitlines()[2:]
+    assert cell_len(line) == 60
+    assert line.lstrip("n").split() == ["…", "0x7f3a10000020", "1,490,304"]
 
 
 @pytest.mark.parametrize("verbose", [False, True])

@@ -104,9 +104,10 @@ def _analysed(path: Path, sysroot: Path | None, source: random.Random) -> str:
 
 
 def _show(report: Report, path: Path, source: random.Random) -> None:
-    document = json.loads(_shown(path, "analyze", " --json", report))
-    if source.random() < 1 / 24:
-        _validate(document, SchemaName.REPORT)
+    if source.random() < 1 / 2:
+        document = json.loads(_shown(path, "analyze", " --json", report))
+        if source.random() < 1 / 16:
+            _validate(document, SchemaName.REPORT)
     if source.random() < 1 / 8:
         _shown(path, "analyze", source.choice(("", " -v")), report)
     if source.random() < 1 / 8:

@@ -193,7 +193,7 @@ WORKERS = {
     "sqlite3": Worker("sqlite3", _file("empty", "", "sqlite3", "-batch", "work.db"), feed=SQL),
     "git": Worker("git", _git, feed=real_programs.GIT_CAT_FILE.replace("nothing\nflush\n", "")),
     "gdb": Worker("gdb", _gdb),
-    "cc1": Worker("gcc", _compiler, signal=signal.SIGQUIT),
+    "cc1": Worker("gcc", _compiler, signal=signal.SIGXCPU),
     "ld": Worker("binutils", _linker, starts_in=0.02),
     "postgres": Worker("postgresql", _postgres, feed=POSTGRES_SQL, user="postgres", starts_in=0.4),
     "awk": Worker("mawk", _file("work.awk", AWK, "awk", "-f", "work.awk")),

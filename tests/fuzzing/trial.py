@@ -89,7 +89,7 @@ def try_core(path: Path, sysroot: Path | None, source: random.Random) -> str:
 
 def _analysed(path: Path, sysroot: Path | None, source: random.Random) -> str:
     with coreheap.open(path, sysroot=sysroot, unpacked_limit=UNPACKED_LIMIT) as core:
-        report, references = analyze_with_references(core, AnalysisOptions(retained=source.random() < 1 / 2))
+        report, references = analyze_with_references(core, AnalysisOptions(retained=source.random() < 1 / 4))
         if report.defects:
             raise Failure("defect", f"defect {report.defects[0][:80]}", "\n".join(report.defects))
         memory_gaps = [gap.consequence for gap in report.gaps if "enough memory" in gap.consequence]
@@ -104,21 +104,22 @@ def _analysed(path: Path, sysroot: Path | None, source: random.Random) -> str:
 
 
 def _show(report: Report, path: Path, source: random.Random) -> None:
-    if source.random() < 1 / 2:
+    if source.random() < 1 / 4:
         document = json.loads(_shown(path, "analyze", " --json", report))
-        if source.random() < 1 / 16:
+        if source.random() < 1 / 8:
             _validate(document, SchemaName.REPORT)
     if source.random() < 1 / 8:
         _shown(path, "analyze", source.choice(("", " -v")), report)
     if source.random() < 1 / 8:
         _shown(path, "check", source.choice(("", " -v", " --json")), report)
-    form = source.choice(FORMATS)
-    text = _shown(path, source.choice(TABLES), form, report)
-    if form == " --json":
-        rows = text.splitlines()
-        for row in rows[:20] + rows[-20:]:
-            json.loads(row)
     if source.random() < 1 / 2:
+        form = source.choice(FORMATS)
+        text = _shown(path, source.choice(TABLES), form, report)
+        if form == " --json":
+            rows = text.splitlines()
+            for row in rows[:20] + rows[-20:]:
+                json.loads(row)
+    if source.random() < 3 / 4:
         return
     addresses = " ".join(hex(address) for address in _addresses(report, source))
     command = source.choice(("explain", "explain", "owners", "explain --retained"))

@@ -155,7 +155,7 @@ def _verdict(page: Page, report: Report) -> None:
         page.bullet(f"Findings below: {', '.join(counts)}.", sign="*", indent=1)
     if report.is_partial:
         page.bullet(
-            "Partial: memory is missing that these numbers rest on; see the gaps below.",
+            "Partial: not all that these numbers rest on is known; see the gaps below.",
             sign="!",
             style="yellow",
             indent=1,

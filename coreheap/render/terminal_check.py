@@ -88,7 +88,7 @@ def _verdict(page: Page, report: Report, integrity: Integrity, findings: tuple[F
     if others > 0:
         page.bullet(f"{counted(others, 'more damage is', 'more damages are')} as sure.", sign="*", indent=1)
     if report.is_partial:
-        page.bullet("Partial: memory is missing that this rests on; see the gaps below.", "!", "yellow", indent=1)
+        page.bullet("Partial: not all that this rests on is known; see the gaps below.", "!", "yellow", indent=1)
     for defect in report.defects:
         text = f"A part of this failed, a defect of coreheap: {shortened(defect, LONGEST_TEXT)}"
         page.bullet(text, sign="!", style="bold red", indent=1)

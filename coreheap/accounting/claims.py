@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from coreheap.corefile.regions import LAST_ADDRESS
 from coreheap.mappings import KINDS, MappingKind
 
 Int32s = npt.NDArray[np.int32]
@@ -19,7 +20,6 @@ UInt64s = npt.NDArray[np.uint64]
 Addresses = int | Sequence[int] | UInt64s
 Owners = int | Sequence[int] | npt.NDArray[np.integer]
 
-LAST_ADDRESS = (1 << 64) - 1
 
 NOBODY = -1
 """Where a column of owners has none."""

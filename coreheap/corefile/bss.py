@@ -18,12 +18,12 @@ import numpy.typing as npt
 from coreheap.corefile.core import Core
 from coreheap.corefile.elf import PF_W, PT_LOAD, Words
 from coreheap.corefile.modules import PROGRAM_HEADER_LIMIT, Module
+from coreheap.corefile.regions import LAST_ADDRESS
 
 ACCESS: Final = 7
 WRITE: Final = 2
 SUPPOSED_LIMIT: Final = 1 << 20
 """Without program headers what follows a module's data is taken for its bss up to this size; more is somebody else's."""
-LAST_ADDRESS: Final = (1 << 64) - 1
 
 Bools = npt.NDArray[np.bool_]
 

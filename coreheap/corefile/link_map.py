@@ -17,7 +17,7 @@ import numpy as np
 from coreheap.corefile import elf
 from coreheap.corefile.memory import AddressSpace
 from coreheap.corefile.process import AT_ENTRY, AT_PHDR
-from coreheap.corefile.regions import Backing
+from coreheap.corefile.regions import LAST_ADDRESS, Backing
 from coreheap.errors import MemoryFault
 
 ENTRY_LIMIT: Final = 20_000
@@ -107,7 +107,7 @@ def _places_to_search(memory: AddressSpace, auxv: Mapping[int, int]) -> Iterator
     """Runs of saved memory, word-aligned: behind the program's start first, then the others, SEARCH_BYTES at most."""
     start = auxv.get(AT_PHDR) or auxv.get(AT_ENTRY) or 0
     saved = np.flatnonzero(memory.region_backing == Backing.SAVED)
-    behind = memory.region_start[saved] >= np.uint64(min(start, (1 << 64) - 1))
+    behind = memory.region_start[saved] >= np.uint64(min(start, LAST_ADDRESS))
     left, word = SEARCH_BYTES, memory.word_bytes
     for index in np.concatenate([saved[behind], saved[~behind]]).tolist():
         low, high = int(memory.region_start[index]), int(memory.region_end[index])

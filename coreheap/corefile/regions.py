@@ -22,6 +22,7 @@ from coreheap.quantities import AddressRange
 
 Indexes = npt.NDArray[np.int32]
 
+LAST_ADDRESS: Final = (1 << 64) - 1
 PROCESS_END: Final = 1 << 57
 """No process of a 64-bit machine has memory there or above: five levels of page tables on x86-64 end at 1 << 56, the 52-bit
 addresses of aarch64 before."""
@@ -125,7 +126,7 @@ def _room_above(start: Words, bits: int) -> Words:
     if bits == 32:
         limit = np.uint64(1 << 32)
         return limit - np.minimum(start, limit)
-    below, end = np.uint64(PROCESS_END), np.uint64((1 << 64) - 1)
+    below, end = np.uint64(PROCESS_END), np.uint64(LAST_ADDRESS)
     return np.where(
         start < below, below - np.minimum(start, below), np.where(start < np.uint64(KERNEL_PAGES), 0, end - start)
     ).astype(np.uint64)

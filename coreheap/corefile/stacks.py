@@ -23,14 +23,13 @@ from coreheap.corefile.core import Core
 from coreheap.corefile.elf import Words
 from coreheap.corefile.memory import AddressSpace
 from coreheap.corefile.process import AT_EXECFN, AT_RANDOM
-from coreheap.corefile.regions import without_overlap
+from coreheap.corefile.regions import LAST_ADDRESS, without_overlap
 from coreheap.corefile.residency import ByteRuns, pages_with_content, saved_runs, stored_pieces
 from coreheap.corefile.thread_stacks import GUARD_LIMIT, ThreadStack, stacks_of_threads
 from coreheap.corefile.threads import Thread
 from coreheap.errors import MemoryFault
 
 ACCESS = 7
-LAST_ADDRESS = (1 << 64) - 1
 LEAST_SIGNAL_STACK_BYTES = 2048
 """MINSIGSTKSZ of x86, the smallest (arch/*/include/uapi/asm/signal.h)."""
 FRAME_SEARCH_BYTES = 1 << 18

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from coreheap.corefile.core import Core
 from coreheap.corefile.memory import AddressSpace
+from coreheap.corefile.regions import LAST_ADDRESS
 from coreheap.errors import MemoryFault
 
 UInt64s = npt.NDArray[np.uint64]
@@ -54,7 +55,6 @@ DISTANCES_TRIED = 4
 START_ROUTINE_WORDS = range(8, 21)
 """So many words before stackblock lies start_routine: 10 or 11 with 8-byte words, 14 or 15 with 4-byte ones."""
 EXECUTE = 1
-LAST_ADDRESS = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)

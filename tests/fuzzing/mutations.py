@@ -26,6 +26,12 @@ TEXTS = (
 )
 FILLS = (b"\x00", b"\xff", b"A", b"\xa5", b"\x7fELF", b"\xde\xad\xbe\xef")
 
+EXTREMES = (0, -1, -8, -16, -4096, 1 << 47, 1 << 63, (1 << 63) - 1, (1 << 63) - 16)
+"""Where 64-bit numbers overflow when little is added to them, and the first address that is none of a process."""
+EXTREMES_32 = (0, -1, -8, -16, -4096, 0xC000_0000, 1 << 31, (1 << 31) - 1, (1 << 31) - 16)
+FIRST_FIELDS, SPREAD_FIELDS = 32, 32
+"""Of each group: those of its first structures, and others evenly."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
@@ -75,6 +81,20 @@ def mutation_of(core: SoundCore, source: random.Random) -> Mutation:
             size = source.randrange(len(core.content))
         writes = [] if source.random() < 0.6 else writes
     return Mutation(tuple(writes), None if size is None else max(0, size))
+
+
+def extreme_mutations(core: SoundCore) -> list[Mutation]:
+    """Each of many fields with each extreme value, in an order that is always the same."""
+    found = []
+    for name in sorted(core.groups):
+        fields = [field for structure in core.groups[name] for field in structure.fields]
+        spread = fields[FIRST_FIELDS :: max(1, len(fields) // SPREAD_FIELDS)]
+        for offset, byte_count in (*fields[:FIRST_FIELDS], *spread):
+            for value in EXTREMES if byte_count == 8 else EXTREMES_32:
+                data = (value % (1 << 8 * byte_count)).to_bytes(byte_count, "little")
+                found.append(Mutation(((offset, data),)))
+    random.Random(core.name).shuffle(found)
+    return found
 
 
 def interesting_value(core: SoundCore, old: int, byte_count: int, source: random.Random) -> int:

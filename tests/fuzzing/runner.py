@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzzing import trial
-from tests.fuzzing.mutations import Mutation, mutation_of
+from tests.fuzzing.mutations import Mutation, extreme_mutations, mutation_of
 from tests.fuzzing.structures import SoundCore
 
 CPU_SECONDS = 10
@@ -76,6 +76,28 @@ class Plan:
         core = source.choice(self.cores)
         sysroot = core.sysroot if source.random() < WITH_SYSROOT else None
         return core, mutation_of(core, source), source, sysroot
+
+
+@dataclass(frozen=True, slots=True)
+class ExtremesPlan(Plan):
+    """One field with one extreme value in each trial; the cores take turns."""
+
+    mutations: tuple[list[Mutation], ...] = ()
+
+    @classmethod
+    def of(cls, seed: int, cores: tuple[SoundCore, ...], limit_memory: bool = True) -> ExtremesPlan:
+        return cls(seed, cores, limit_memory, tuple(extreme_mutations(core) for core in cores))
+
+    @property
+    def count(self) -> int:
+        """Trials until every core had all of its mutations."""
+        return len(self.cores) * max(map(len, self.mutations))
+
+    def trial(self, number: int) -> tuple[SoundCore, Mutation, random.Random, Path | None]:
+        source = random.Random(f"{self.seed}/{number}")
+        turn, row = number % len(self.cores), number // len(self.cores)
+        core, mutations = self.cores[turn], self.mutations[turn]
+        return core, mutations[row % len(mutations)], source, None
 
 
 class MutatedFile:

@@ -10,7 +10,7 @@ import pytest
 
 from coreheap.errors import InputNotUsable
 from tests.fuzzing import runner, seeds, trial
-from tests.fuzzing.mutations import Mutation, mutation_of
+from tests.fuzzing.mutations import EXTREMES, Mutation, extreme_mutations, mutation_of
 from tests.fuzzing.structures import SoundCore
 
 COUNT = 60
@@ -140,6 +140,35 @@ def test_mutated_cores(cores: tuple[SoundCore, ...]) -> None:
     assert not result.failures, "\n".join(failure["detail"] for failure in result.failures.values())
     assert result.trials == COUNT
     assert result.outcomes["whole"] + result.outcomes["partial"] > COUNT / 4
+
+
+def test_extreme_values_in_mp_(cores: tuple[SoundCore, ...]) -> None:
+    """sbrk_base as the last address but 15, once one trial of 100,000: what is said of an allocation is sought without TLS."""
+    core = cores[0]
+    [parameters] = core.groups["mp_"]
+    without_tls = tuple((structure.offset, bytes(structure.byte_count)) for structure in core.groups["tls"])
+    offsets = {offset for offset, _ in parameters.fields}
+    chosen = [
+        Mutation((*without_tls, *mutation.writes))
+        for mutation in extreme_mutations(core)
+        if mutation.writes[0][0] in offsets
+    ]
+    assert len(chosen) == len(offsets) * len(EXTREMES)
+    plan = runner.ExtremesPlan(1, (core,), mutations=(chosen,))
+    result = runner.run(plan, count=len(chosen), jobs=2)
+    assert not result.failures, "\n".join(failure["detail"] for failure in result.failures.values())
+    assert result.outcomes["whole"] + result.outcomes["partial"] == len(chosen)
+
+
+def test_extremes_are_drawn_from_every_group(cores: tuple[SoundCore, ...]) -> None:
+    plan = runner.ExtremesPlan.of(1, cores)
+    assert plan.count == len(cores) * max(len(extreme_mutations(core)) for core in cores)
+    drawn = {plan.trial(number)[1] for number in range(plan.count)}
+    assert drawn == {mutation for core in cores for mutation in extreme_mutations(core)}
+    for core in cores:
+        places = {mutation.writes[0][0] for mutation in extreme_mutations(core)}
+        for structures in core.groups.values():
+            assert places & {offset for structure in structures for offset, _ in structure.fields}
 
 
 class _Cuts(runner.Plan):

@@ -14,12 +14,11 @@ import numpy.typing as npt
 
 from coreheap.corefile import Core, Module
 from coreheap.corefile.kinds import WRITE
-from coreheap.corefile.regions import left_of, row_holding, without_overlap
+from coreheap.corefile.regions import LAST_ADDRESS, left_of, row_holding, without_overlap
 
 UInt64s = npt.NDArray[np.uint64]
 Bools = npt.NDArray[np.bool_]
 
-LAST_ADDRESS: Final = (1 << 64) - 1
 MODULE_WORDS_LIMIT: Final = 1 << 23
 """Words of a module's data that are looked at: 64 MiB."""
 

@@ -13,6 +13,7 @@ import numpy as np
 from coreheap.accounting.other_allocators.found import Ranges
 from coreheap.accounting.other_allocators.memory import AnonymousMemory, UInt64s
 from coreheap.corefile import Module
+from coreheap.corefile.regions import LAST_ADDRESS
 from coreheap.evidence import Evidence, Strength
 from coreheap.quantities import MIB
 
@@ -64,7 +65,7 @@ def _segments(anonymous: AnonymousMemory, secrets: UInt64s, size: int) -> UInt64
 def _extents(anonymous: AnonymousMemory, segment: UInt64s, size: int) -> tuple[UInt64s, UInt64s]:
     low, high = anonymous.stretches
     limit = high[np.maximum(np.searchsorted(low, segment, side="right") - 1, 0)]
-    following = np.append(segment[1:], np.uint64((1 << 64) - 1))
+    following = np.append(segment[1:], np.uint64(LAST_ADDRESS))
     usual = segment + np.uint64(size)
     # Only the writable region that the header lies in: behind a large block there may be others' memory.
     writable_low, writable_high = anonymous.writable

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from coreheap.allocators.glibc import locate
 from coreheap.allocators.glibc.layouts import GENERATIONS, HUGE_PAGE_BYTES, WORD_CLASS_OF_MACHINE, WORD_CLASSES
 from coreheap.allocators.glibc.locate import ArenaRing, Sighting
@@ -18,12 +20,13 @@ from coreheap.allocators.glibc.parameters import (
 )
 from coreheap.allocators.glibc.records import HeapInfo, Layout, read_arena
 from coreheap.allocators.glibc.scoring import ARENA_ACCEPTED, arena_score, sampled, sub_heap_score, tcache_score
-from coreheap.allocators.glibc.tcache import is_tcache, wanted_tcache
+from coreheap.allocators.glibc.tcache import are_tcaches, wanted_tcache
 from coreheap.allocators.glibc.thread_storage import ThreadStorage
 from coreheap.allocators.glibc.threads import ThreadWords, copy_of, find_thread_words, wanted_arena
 from coreheap.allocators.glibc.version import LibcVersion, libc_version
 from coreheap.allocators.glibc.ways import Globals, evidence_for, evidence_for_layout, find_globals
 from coreheap.corefile import Core
+from coreheap.corefile.regions import LAST_ADDRESS
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Evidence, Strength
 from coreheap.quantities import format_address
@@ -316,14 +319,10 @@ def identification(
     if best_ring.main is not None and score_of(best_ring.main) >= 0:
         parts["parameters"] = parameters.score if parameters else 0.0
         evidence.extend(parameters_evidence(memory, layout, best_ring, parameters))
-    first_payloads = [
-        layout.aligned_header(base) + header_bytes
-        for base in ([parameters.values["sbrk_base"]] if parameters else [])
-        if base
-    ]
-    first_payloads += [
-        member - layout.heap_info_bytes + layout.first_chunk_in_arena_heap + header_bytes for member in best_ring.others
-    ]
+    sbrk_base = parameters.values["sbrk_base"] if parameters else 0
+    first_chunks = [layout.aligned_header(sbrk_base)] if sbrk_base else []
+    first_chunks += [member - layout.heap_info_bytes + layout.first_chunk_in_arena_heap for member in best_ring.others]
+    first_payloads = [chunk + header_bytes for chunk in first_chunks]
     return _with_threads(search, layout, heap_max, best_ring, headers, parameters, parts, evidence, first_payloads)
 
 
@@ -383,7 +382,9 @@ def _with_threads(
     trust = 1.0
     if not addresses:
         trust = FIRST_CHUNK_TRUST
-        addresses = [address for address in first_payloads if is_tcache(memory, layout, address)]
+        # sbrk_base may be any number in a damaged mp_: behind the last address there is no chunk.
+        payloads = np.array([address for address in first_payloads if address <= LAST_ADDRESS], np.uint64)
+        addresses = payloads[are_tcaches(memory, layout, payloads)].tolist()
     tcache_share, link_share = tcache_score(memory, layout, addresses[:TCACHES_SAMPLED])
     if tcache_share is not None:
         parts["tcache"] = trust * tcache_share

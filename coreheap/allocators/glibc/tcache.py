@@ -70,11 +70,6 @@ def are_tcaches(memory: AddressSpace, layout: Layout, addresses: UInt64s) -> Boo
     return fits
 
 
-def is_tcache(memory: AddressSpace, layout: Layout, address: int) -> bool:
-    """As ``are_tcaches``, for one."""
-    return bool(are_tcaches(memory, layout, np.array([address], np.uint64))[0])
-
-
 def wanted_tcache(memory: AddressSpace, layout: Layout) -> Wanted | None:
     """What a thread's tcache pointer leads to under a layout; None where the layout has no tcache.
 

@@ -109,7 +109,7 @@ class LinkReader:
         if not self._is_known_otherwise(payload):
             return None
         has_key = free_list.kind is ChunkState.TCACHE and key is not None and key in self.patterns.keys
-        inside = self.places.chunk_holding(payload)
+        inside = self.places.chunk_using(payload)
         told = Told(
             DamageKind.INVALID_FREE,
             DamagedPlace.FREE_LIST,
@@ -126,7 +126,7 @@ class LinkReader:
 
     def _is_known_otherwise(self, address: int) -> bool:
         """Whether an address is known to be no chunk's start: within a live block, a module's data, a thread's stack."""
-        chunk = self.places.chunk_holding(address)
+        chunk = self.places.chunk_using(address)
         if chunk is not None:
             return self.places.state(chunk) is ChunkState.IN_USE
         target = self.patterns.target_of(address)
@@ -210,7 +210,7 @@ class LinkReader:
         anomaly, block = suspicion.anomalies[0], suspicion.listed
         first = suspicion.words[0]
         if block is None:
-            block = self.places.chunk_holding(first)
+            block = self.places.chunk_using(first)
         if block is None:
             return None
         around = self.patterns.around(first, 1)

@@ -59,6 +59,16 @@ class Places:
         chunk = self.index.chunk_containing(address)
         return chunk if chunk >= 0 else None
 
+    def chunk_using(self, address: int) -> int | None:
+        """The chunk whose block may hold a byte; None without.
+
+        A chunk's first word, prev_size, is the last usable one of the block before (glibc malloc.c, malloc_chunk, 2.12-2.44).
+        """
+        chunk = self.chunk_holding(address)
+        if chunk is None or address >= self.extent(chunk)[0] + self.word_bytes:
+            return chunk
+        return self.before(chunk)
+
     def state(self, chunk: int) -> ChunkState:
         return ChunkState(int(self.index.state[chunk]))
 

@@ -265,9 +265,9 @@ def _top_of(places: Places, anomaly: Anomaly) -> int | None:
 def _of_link(places: Places, made: Suspicion, anomaly: Anomaly) -> None:
     """An anomaly of a list: the word that leads wrong lies in a free chunk, or in malloc's own structure."""
     word = anomaly.word_address
-    holder = places.chunk_holding(word) if word is not None else None
     if word is None:
         return
+    holder = places.chunk_using(word)
     if holder is None:
         made.place = DamagedPlace.MALLOC_STATE
         return

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import coreheap
-from coreheap.allocators.glibc import stretches
+from coreheap.allocators.glibc import leads
 from coreheap.evidence import Confidence
 from coreheap.heap import BINNED_STATES, NO_INDEX, ChunkState, HeapSnapshot
 from coreheap.report import Report
@@ -172,7 +172,7 @@ def test_another_allocator_beside_two_of_glibc(analysed: Analysed) -> None:
 
 def test_pieces_without_proof_are_a_gap_and_still_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     # With nothing but the ends of free lists some pieces say nothing of their arena.
-    monkeypatch.setattr(stretches, "LIST_STEPS", 0)
+    monkeypatch.setattr(leads, "LIST_STEPS", 1)
     paths = core_or_skip("namespaces_main_only")
     report = report_on(paths.core)
     assert report.heap is not None

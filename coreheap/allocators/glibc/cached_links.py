@@ -12,12 +12,11 @@ import numpy as np
 
 from coreheap.allocators.glibc.gathering import UInt64s, words_at
 from coreheap.allocators.glibc.records import Layout
-from coreheap.allocators.glibc.structures import TcacheKey
+from coreheap.allocators.glibc.structures import SAFE_LINKING_SHIFT, TcacheKey
 from coreheap.corefile import AddressSpace
 from coreheap.errors import MemoryFault
 from coreheap.kernels import NO_WORD, ChunkIndex, ChunkState, chunk_extents
 
-SAFE_LINKING_SHIFT = 12
 MOST_FOLLOWED = 4096
 """Blocks behind a node that is no chunk's start; more than any tunable lets a list have by default, fewer than a loop costs."""
 MOST_SEARCHES = 8

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from coreheap.allocators.glibc.judgement import FLAGS, Judge
+from coreheap.allocators.glibc.judgement import Judge
 from coreheap.allocators.glibc.records import Layout
+from coreheap.allocators.glibc.structures import FLAGS, IS_MMAPPED, SAFE_LINKING_SHIFT
 from coreheap.corefile import Core
 from coreheap.evidence import Anomaly
 from coreheap.heap import BINNED_STATES, ChunkBatch, ChunkTable
@@ -27,13 +28,11 @@ Bools = npt.NDArray[np.bool_]
 
 VARIABLE = "MALLOC_PERTURB_"
 TUNABLE = "glibc.malloc.perturb"
-IS_MMAPPED = 2
 WORDS_OF_A_FREE_CHUNK = 6
 """prev_size, size, fd, bk, fd_nextsize, bk_nextsize: what malloc writes into a chunk that is free."""
 
 WORDS_NEAR_A_HEADER = 16
 """How far behind an old header links of others may be left that began before it: they lie over one another."""
-SAFE_LINKING_SHIFT = 12
 
 MOST_BYTES_OF_A_CHUNK = 1 << 24
 """So much of a free chunk is looked at from its start on."""

@@ -24,6 +24,7 @@ from coreheap.allocators.glibc.identify import (
 from coreheap.allocators.glibc.locate import Sighting
 from coreheap.allocators.glibc.records import ArenaState, Layout, read_arena
 from coreheap.allocators.glibc.scoring import ARENA_ACCEPTED, arena_score, sampled
+from coreheap.allocators.glibc.structures import NON_MAIN_ARENA
 from coreheap.allocators.glibc.tcache import wanted_tcache
 from coreheap.allocators.glibc.threads import ThreadWords, copy_of, find_thread_words, wanted_arena
 from coreheap.corefile import AddressSpace, Core
@@ -40,7 +41,6 @@ PLACES_SCORED = 4096
 PIECE_BYTES = 1 << 20
 """What a main arena takes from mmap at least when it may not use brk (sysmalloc, MMAP_AS_MORECORE_SIZE)."""
 
-NON_MAIN_ARENA = 4
 
 FOUND_BY_HEADER = "a heap_info at an aligned address leads to this arena, which is in no other copy's ring"
 

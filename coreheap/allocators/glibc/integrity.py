@@ -14,9 +14,10 @@ import numpy as np
 from coreheap.allocators.glibc.arenas import ArenaFacts, ArenaSurvey
 from coreheap.allocators.glibc.content import changed_content, fill_byte
 from coreheap.allocators.glibc.identify import Identification
-from coreheap.allocators.glibc.judgement import FLAGS, NOBODY, PREV_INUSE, Judge
+from coreheap.allocators.glibc.judgement import NOBODY, Judge
 from coreheap.allocators.glibc.overlay import Overlay
 from coreheap.allocators.glibc.records import BIN_COUNT, Layout
+from coreheap.allocators.glibc.structures import FLAGS, PREV_INUSE
 from coreheap.allocators.glibc.tcache import Cache, slots_of_empty_lists
 from coreheap.allocators.glibc.walk import ANOMALIES_KEPT, HeapWalk
 from coreheap.corefile import Core

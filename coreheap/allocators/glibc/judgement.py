@@ -14,6 +14,7 @@ import numpy as np
 from coreheap.allocators.glibc.arenas import ArenaFacts
 from coreheap.allocators.glibc.identify import Identification
 from coreheap.allocators.glibc.messages import RULES, UNKNOWN_RULE, Moment, message_for
+from coreheap.allocators.glibc.structures import FLAGS, IS_MMAPPED, NON_MAIN_ARENA, PREV_INUSE
 from coreheap.corefile import Core
 from coreheap.corefile.interruptions import Interruption, interruptions
 from coreheap.corefile.threads import Thread
@@ -21,8 +22,6 @@ from coreheap.errors import MemoryFault
 from coreheap.evidence import Anomaly, Confidence
 from coreheap.kernels import ChunkIndex, ChunkState, WalkAnomaly, chunk_extents
 
-FLAGS = 7
-PREV_INUSE, IS_MMAPPED, NON_MAIN_ARENA = 1, 2, 4
 SIGABRT = 6
 SIGNALS_OF_FAULTS = frozenset((4, SIGABRT, 7, 8, 11))
 """SIGILL, SIGABRT, SIGBUS, SIGFPE, SIGSEGV."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from coreheap.allocators.glibc.gathering import words_at
 from coreheap.allocators.glibc.locate import anonymous_ranges, joined
 from coreheap.allocators.glibc.records import Layout
+from coreheap.allocators.glibc.structures import FLAGS, IS_MMAPPED
 from coreheap.corefile import AddressSpace, Core
 from coreheap.evidence import Anomaly, Evidence, Gap, Strength
 from coreheap.kernels import MmappedChunks, find_mmapped_chunks, no_mmapped_chunks
@@ -24,7 +25,6 @@ from coreheap.quantities import AddressRange, format_bytes
 MOST_SURPLUS = 3
 """Headers too many that are told from real ones by the bytes they add; more are only reported."""
 
-IS_MMAPPED, FLAGS = 2, 7
 MOST_COMBINED = 64
 MOST_RANGES = 1 << 12
 """Stretches of anonymous memory in which the mapping of a damaged header is looked for."""

@@ -11,10 +11,16 @@ import numpy as np
 
 from coreheap.allocators.glibc.arenas import ArenaFacts
 from coreheap.allocators.glibc.cached_links import CachedLinks, Popped, common_key
-from coreheap.allocators.glibc.judgement import NOBODY, PREV_INUSE, Judge
+from coreheap.allocators.glibc.judgement import NOBODY, Judge
 from coreheap.allocators.glibc.messages import Moment
 from coreheap.allocators.glibc.records import BIN_COUNT, Layout, UInt64s
-from coreheap.allocators.glibc.structures import TcacheKey, bin_numbers, tcache_bin_sizes
+from coreheap.allocators.glibc.structures import (
+    PREV_INUSE,
+    SAFE_LINKING_SHIFT,
+    TcacheKey,
+    bin_numbers,
+    tcache_bin_sizes,
+)
 from coreheap.allocators.glibc.tcache import Cache
 from coreheap.allocators.glibc.walk import ANOMALIES_KEPT, HeapWalk
 from coreheap.corefile import Core
@@ -36,7 +42,6 @@ from coreheap.kernels import (
 from coreheap.quantities import AddressRange, format_address
 
 FIRST_LARGE_BIN = 64
-SAFE_LINKING_SHIFT = 12
 TCACHE_SMALL_BINS = 64
 MOST_HIDDEN = 64
 MOST_CACHED = 1 << 16

@@ -11,9 +11,9 @@ from coreheap.allocators.glibc.caches import CacheSearch
 from coreheap.allocators.glibc.copies import Copies, identify_copies
 from coreheap.allocators.glibc.integrity import Integrity
 from coreheap.allocators.glibc.judgement import Judge
+from coreheap.allocators.glibc.leads import ListedChunks, listed_chunks
 from coreheap.allocators.glibc.mmapped import find_mmapped
 from coreheap.allocators.glibc.overlay import Overlay, mark_own
-from coreheap.allocators.glibc.recovery import ListedChunks, listed_chunks
 from coreheap.allocators.glibc.stretches import stretches_of
 from coreheap.allocators.glibc.tcache import Cache, caches_of_threads, slots_of_empty_lists
 from coreheap.allocators.glibc.tops import with_true_tops

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from coreheap.allocators.glibc.arenas import ArenaFacts
-from coreheap.allocators.glibc.gathering import UInt64s, words_at
+from coreheap.allocators.glibc.gathering import UInt64s
+from coreheap.allocators.glibc.leads import followed
 from coreheap.allocators.glibc.locate import (
     anonymous_ranges,
     heap_behind_program,
@@ -20,7 +21,7 @@ from coreheap.allocators.glibc.locate import (
     mapping_end,
 )
 from coreheap.allocators.glibc.records import ArenaState, Layout
-from coreheap.corefile import AddressSpace, Core
+from coreheap.corefile import Core
 from coreheap.evidence import Gap
 from coreheap.heap import NO_INDEX, RegionKind
 from coreheap.kernels import StopReason, chain_reaches, find_chunk_runs
@@ -31,9 +32,6 @@ NO_TOP = -1
 
 CHUNKS_OF_A_START = 4
 """Consistent chunks that make the memory before a run of chunks a damaged part of a heap, not foreign memory."""
-
-LIST_STEPS = 4096
-"""Chunks of a free list that are followed from each of its ends to learn whose memory they lie in."""
 
 SUM_LIMIT = 1 << 28
 """Bits that the search for pieces that add up may use."""
@@ -117,34 +115,13 @@ class _Main:
         word, safe_linking = core.word_bytes, layout.generation.safe_linking
         singles = np.array([self.state.top, self.state.last_remainder], np.uint64)
         own = AddressRange(self.state.address, self.state.address + layout.state.byte_count)
-        return np.concatenate(
-            [
-                singles,
-                _followed(core.memory, self.state.bins[0::2], 2 * word, False, own),
-                _followed(core.memory, self.state.bins[1::2], 3 * word, False, own),
-                _followed(core.memory, self.state.fastbins, 2 * word, safe_linking, own),
-                _followed(core.memory, cached, 0, safe_linking, own),
-            ]
+        lists = (
+            (self.state.bins[0::2], 2 * word, False),
+            (self.state.bins[1::2], 3 * word, False),
+            (self.state.fastbins, 2 * word, safe_linking),
+            (cached, 0, safe_linking),
         )
-
-
-def _followed(memory: AddressSpace, heads: UInt64s, link_offset: int, safe_linking: bool, own: AddressRange) -> UInt64s:
-    """All addresses on lists, followed side by side, each for at most LIST_STEPS steps; uint64[n].
-
-    A list ends at 0 or back in the arena's ``own`` malloc_state.
-    """
-    parts = [heads]
-    for _ in range(LIST_STEPS):
-        heads = heads[(heads < np.uint64(own.start)) | (heads >= np.uint64(own.end))]
-        if not len(heads):
-            break
-        places = heads + np.uint64(link_offset)
-        following, saved = words_at(memory, places)
-        if safe_linking:
-            following = following ^ (places >> np.uint64(12))
-        heads = np.unique(following[saved & (following != 0)])
-        parts.append(heads)
-    return np.concatenate(parts)
+        return np.concatenate([singles, *(followed(core.memory, *each, own)[0] for each in lists)])
 
 
 class _MainMemory:

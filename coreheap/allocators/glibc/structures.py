@@ -12,6 +12,11 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+PREV_INUSE, IS_MMAPPED, NON_MAIN_ARENA, FLAGS = 1, 2, 4, 7
+"""The lowest bits of a chunk's size word, and all of them (glibc malloc.c, SIZE_BITS, 2.12-2.44)."""
+SAFE_LINKING_SHIFT = 12
+"""A link in a tcache or fastbin is its target ^ (its own address >> 12) (glibc malloc.c, PROTECT_PTR, 2.32-2.44)."""
+
 
 @dataclass(frozen=True, slots=True)
 class LargeBinStep:

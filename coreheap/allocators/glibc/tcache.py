@@ -15,7 +15,7 @@ import numpy.typing as npt
 from coreheap.allocators.glibc.gathering import Bools, UInt64s, columns_at, words_at
 from coreheap.allocators.glibc.locate import mapped_writable
 from coreheap.allocators.glibc.records import Layout, TcacheState, read_tcache
-from coreheap.allocators.glibc.structures import TcacheKey
+from coreheap.allocators.glibc.structures import SAFE_LINKING_SHIFT, TcacheKey
 from coreheap.allocators.glibc.thread_storage import Wanted
 from coreheap.corefile import AddressSpace, Core
 from coreheap.errors import MemoryFault
@@ -186,7 +186,7 @@ def _links_of(memory: AddressSpace, layout: Layout, entries: UInt64s, owners: UI
         second, second_saved = words_at(memory, node + np.uint64(word_class.word_bytes))
         saved = first_saved & second_saved
         row, node, stored, second = row[saved], node[saved], stored[saved], second[saved]
-        following = stored ^ (node >> np.uint64(12)) if layout.generation.safe_linking else stored
+        following = stored ^ (node >> np.uint64(SAFE_LINKING_SHIFT)) if layout.generation.safe_linking else stored
         fits = (following % np.uint64(word_class.alignment) == 0) & (
             (following == 0) | mapped_writable(memory, following)
         )

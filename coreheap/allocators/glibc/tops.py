@@ -9,12 +9,12 @@ from dataclasses import replace
 
 from coreheap.allocators.glibc.arenas import ArenaFacts, ArenaSurvey
 from coreheap.allocators.glibc.records import Layout
+from coreheap.allocators.glibc.structures import FLAGS, PREV_INUSE
 from coreheap.corefile import Core
 from coreheap.evidence import Anomaly
 from coreheap.kernels import StopReason, chain_reaches
 from coreheap.quantities import format_address
 
-PREV_INUSE, FLAGS = 1, 7
 NO_TOP = -1
 SUPERSEDED = ("top_damaged", "top_not_at_end_of_brk")
 """What is known of a wrong top before the chunks of its heap are looked at."""

@@ -11,22 +11,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from coreheap.allocators.glibc.leads import ListedChunks, PayloadPointers, no_listed_chunks
 from coreheap.allocators.glibc.locate import joined
 from coreheap.allocators.glibc.records import Layout
 from coreheap.allocators.glibc.recovery import (
-    FLAGS,
-    NON_MAIN_ARENA,
-    PREV_INUSE,
     RECOVERIES,
     SUSPECTS,
     Boundary,
     Listed,
-    ListedChunks,
-    PayloadPointers,
     Recovery,
-    no_listed_chunks,
 )
 from coreheap.allocators.glibc.stretches import Stretch
+from coreheap.allocators.glibc.structures import FLAGS, NON_MAIN_ARENA, PREV_INUSE
 from coreheap.corefile import AddressSpace, Core
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Anomaly

@@ -206,3 +206,22 @@ def test_count_of_mmapped_chunks_that_lies_is_one_damage(case: str, value: int, 
     assert damage.repair is not None
     assert damage.repair.expected == len(process.builder.heap.mmapped)
     assert states_of(report.heap) == process.truth
+
+
+@pytest.mark.parametrize("case", ["2.31 x86_64", *SAFE_LINKING, "2.43 x86_64", "2.44 i386", "2.44 aarch64"])
+@pytest.mark.parametrize("row", ["first", "last"])
+def test_damaged_head_lies_in_the_tcache_structure(case: str, row: str, tmp_path: Path) -> None:
+    """The last head of 2.42 and newer is the last usable word of its block: prev_size of the chunk behind it."""
+    process = built(case)
+    word, entries = process.machine.word_bytes, process.release.offsets("tcache_perthread_struct")["entries"]
+    size_word = process.get(process.threads[0].tcache - word)
+    in_next_chunk = process.threads[0].tcache - 2 * word + (size_word & ~7)
+    lists = 76 if "num_slots" in process.release.offsets("tcache_perthread_struct") else 64
+    place = process.threads[0].tcache + entries + word * (lists - 1 if row == "last" else 0)
+    assert place < in_next_chunk + word
+    process.put(place, (1 << 8 * word) - 1)
+    report = analyzed(process, tmp_path)
+    assert report.defects == ()
+    (damage,) = report.damages
+    assert (damage.kind, damage.place) == (DamageKind.OVERWRITE, DamagedPlace.TCACHE_STRUCTURE)
+    assert place <= damage.bytes.start < damage.bytes.end <= place + word

@@ -97,7 +97,8 @@ class ExtremesPlan(Plan):
         source = random.Random(f"{self.seed}/{number}")
         turn, row = number % len(self.cores), number // len(self.cores)
         core, mutations = self.cores[turn], self.mutations[turn]
-        return core, mutations[row % len(mutations)], source, None
+        sysroot = core.sysroot if source.random() < WITH_SYSROOT else None
+        return core, mutations[row % len(mutations)], source, sysroot
 
 
 class MutatedFile:

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+import coreheap
 from coreheap.heap import BINNED_STATES, Arena, ChunkState, HeapSnapshot
+from coreheap.kernels import chunk_extents
 from coreheap.leaks import Verdict
 from coreheap.report import LedgerNode, Report
 from tests.real_cores.truth import MEANT, HeapInfo, Truth
@@ -188,11 +191,17 @@ def verdicts_at(heap: HeapSnapshot, addresses: Addresses) -> NDArray[np.uint8]:
     return verdicts
 
 
-def meant_otherwise(heap: HeapSnapshot, truth: Truth, allowed: Allowed) -> Counter[tuple[str, str, Verdict]]:
-    """How many blocks have a verdict that ``allowed(group, meant)`` does not hold: (group, meant, verdict) -> count."""
+def meant_otherwise(
+    heap: HeapSnapshot, truth: Truth, allowed: Allowed, but: NDArray[np.bool_] | None = None
+) -> Counter[tuple[str, str, Verdict]]:
+    """How many blocks have a verdict that ``allowed(group, meant)`` does not hold: (group, meant, verdict) -> count.
+
+    ``but``: blocks that are not counted, bool[blocks that were meant].
+    """
     verdicts = verdicts_at(heap, truth.meant_payload_address)
     groups = truth.groups
     kinds = np.stack([truth.meant_group, truth.meant_verdict, verdicts.astype(np.uint64)])
+    kinds = kinds[:, ~but] if but is not None else kinds
     found: Counter[tuple[str, str, Verdict]] = Counter()
     for (group, meant, verdict), count in zip(*_counted(kinds), strict=True):
         if Verdict(verdict) not in allowed(groups[group], MEANT[meant]):
@@ -203,6 +212,43 @@ def meant_otherwise(heap: HeapSnapshot, truth: Truth, allowed: Allowed) -> Count
 def _counted(rows: NDArray[np.uint64]) -> tuple[list[list[int]], list[int]]:
     kinds, counts = np.unique(rows, axis=1, return_counts=True)
     return kinds.T.tolist(), counts.tolist()
+
+
+def led_to_from_outside(core: Path, heap: HeapSnapshot, payloads: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether any word of the file that is no chunk's lies in each of these blocks: of a register, a stack, a module; bool[n].
+
+    The words of the file as it is: no list of roots, and nothing of what coreheap found but where the chunks are.
+    """
+    if not len(payloads):
+        return np.zeros(0, np.bool_)
+    with coreheap.open(core) as opened:
+        memory, word_bytes = opened.memory, opened.word_bytes
+        content = np.fromfile(core, "<u4")
+        is_outside = np.ones(len(content), np.bool_)
+        mmapped = heap.chunks.index.mmapped
+        ends = mmapped.mapping_start + mmapped.mapping_bytes
+        ranges = [(region.range.start, region.range.end) for region in heap.chunks.regions]
+        ranges += zip(mmapped.mapping_start.tolist(), ends.tolist(), strict=True)
+        runs = list(
+            zip(memory.run_start.tolist(), memory.run_end.tolist(), memory.run_file_offset.tolist(), strict=True)
+        )
+        for start, end in ranges:
+            for low, high, offset in runs:
+                first, last = max(start, low), min(end, high)
+                if first < last:
+                    is_outside[(offset + first - low) // 4 : (offset + last - low) // 4] = False
+    words = content.astype(np.uint64)
+    if word_bytes == 8:
+        words, is_outside = words[:-1] | words[1:] << np.uint64(32), is_outside[:-1] & is_outside[1:]
+    words = np.unique(words[is_outside])
+    index = heap.chunks.index
+    header, chunk_bytes = chunk_extents(
+        index, np.array([index.chunk_containing(at) for at in payloads.tolist()], np.int64)
+    )
+    # A block ends one word into the next chunk, or before its mapping does.
+    end = header + chunk_bytes + np.uint64(word_bytes)
+    found: NDArray[np.bool_] = np.searchsorted(words, payloads) < np.searchsorted(words, end)
+    return found
 
 
 def rings_without_one_leader(heap: HeapSnapshot, truth: Truth) -> list[str]:

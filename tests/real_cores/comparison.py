@@ -251,6 +251,18 @@ def led_to_from_outside(core: Path, heap: HeapSnapshot, payloads: NDArray[np.uin
     return found
 
 
+def words_in(core: Path, heap: HeapSnapshot, payloads: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """All words of these blocks."""
+    index = heap.chunks.index
+    with coreheap.open(core) as opened:
+        found = [np.zeros(0, np.uint64)]
+        for payload in payloads.tolist():
+            _, chunk_bytes = chunk_extents(index, np.array([index.chunk_containing(payload)], np.int64))
+            count = int(chunk_bytes[0]) // opened.word_bytes - 2
+            found.append(np.asarray(opened.memory.read_words(payload, count), np.uint64))
+    return np.concatenate(found)
+
+
 def rings_without_one_leader(heap: HeapSnapshot, truth: Truth) -> list[str]:
     """Groups of lost rings that have not exactly one leader; those that something holds are left out."""
     verdicts = verdicts_at(heap, truth.meant_payload_address)

@@ -32,6 +32,7 @@ from tests.real_cores.comparison import (
     meant_otherwise,
     rings_without_one_leader,
     verdicts_at,
+    words_in,
 )
 from tests.real_cores.conftest import core_or_skip
 from tests.real_cores.truth import MEANT, Truth, load_truth
@@ -165,21 +166,31 @@ def without_interference(found: Counter[tuple[str, str, Verdict]], truth: Truth)
     return wrong, by_accident
 
 
-def held_by_numbers(core: Path, heap: HeapSnapshot, truth: Truth, allowed: Allowed) -> NDArray[np.bool_]:
-    """Lost blocks of programs with 4-byte words that are possibly lost because a number outside of the heap lies in them, as one
-    in thousands does: the stack guard did (bookworm-i386/verdicts). bool[blocks that were meant]."""
-    is_held = np.zeros(len(truth.meant_payload_address), np.bool_)
-    if truth.machine == "i386":
-        rows = np.flatnonzero(verdicts_at(heap, truth.meant_payload_address) == Verdict.POSSIBLY_LOST)
-        meant = [(truth.groups[truth.meant_group[row]], MEANT[int(truth.meant_verdict[row])]) for row in rows.tolist()]
-        rows = rows[
-            [
-                name in ("definite", "indirect") and Verdict.POSSIBLY_LOST not in allowed(group, name)
-                for group, name in meant
-            ]
-        ]
-        is_held[rows] = led_to_from_outside(core, heap, truth.meant_payload_address[rows])
-    return is_held
+@dataclass(frozen=True, slots=True)
+class HeldByNumbers:
+    """Lost blocks of a program with 4-byte words that numbers hold, as one number in hundreds lies in some block: the stack guard
+    did (bookworm-i386/verdicts), and a mangled stack pointer in the jmp_buf of main's caller (forky-i386/long_lists)."""
+
+    blocks: NDArray[np.bool_]
+    """bool[blocks that were meant]: those that a word outside of the heap leads into, and those that hang from these."""
+    directly: int
+
+
+def held_by_numbers(core: Path, heap: HeapSnapshot, truth: Truth, allowed: Allowed) -> HeldByNumbers:
+    held = np.zeros(len(truth.meant_payload_address), np.bool_)
+    if truth.machine != "i386":
+        return HeldByNumbers(held, 0)
+    verdicts = verdicts_at(heap, truth.meant_payload_address)
+    otherwise = np.isin(verdicts, [Verdict.POSSIBLY_LOST, Verdict.WEAKLY_HELD])
+    for row in np.flatnonzero(otherwise).tolist():
+        meant = MEANT[int(truth.meant_verdict[row])]
+        may_be = allowed(truth.groups[int(truth.meant_group[row])], meant)
+        otherwise[row] = meant in ("indirect", "definite", "ring") and Verdict(int(verdicts[row])) not in may_be
+    payloads = truth.meant_payload_address[otherwise]
+    led_to = led_to_from_outside(core, heap, payloads)
+    if led_to.any():
+        held[otherwise] = led_to | np.isin(payloads, words_in(core, heap, payloads))
+    return HeldByNumbers(held, int(led_to.sum()))
 
 
 # ------------------------------------------------------------------------------------ every block marked
@@ -199,9 +210,9 @@ def test_every_block_has_the_verdict_that_is_meant(name: str, tmp_path: Path) ->
     assert false_losses == []
     allowed = allowed_in(case, truth)
     by_number = held_by_numbers(paths.core, report.heap, truth, allowed)
-    otherwise = meant_otherwise(report.heap, truth, allowed, by_number)
+    otherwise = meant_otherwise(report.heap, truth, allowed, by_number.blocks)
     wrong, by_accident = without_interference(otherwise, truth)
-    by_accident += int(by_number.sum())
+    by_accident += by_number.directly
     assert wrong == []
     assert by_accident <= INTERFERENCE
     if "hidden=1" not in case.arguments:
@@ -214,11 +225,16 @@ def test_long_lists(name: str, tmp_path: Path) -> None:
     paths = core_or_skip(name)
     truth, report = load_truth(paths.truth), analyse(paths.core, tmp_path)
     assert report.heap is not None
-    assert meant_otherwise(report.heap, truth, lambda group, meant: ALLOWED[meant]) == {}
+    by_number = held_by_numbers(paths.core, report.heap, truth, lambda group, meant: ALLOWED[meant])
+    assert meant_otherwise(report.heap, truth, lambda group, meant: ALLOWED[meant], by_number.blocks) == {}
+    assert by_number.directly <= INTERFERENCE
     assert rings_without_one_leader(report.heap, truth) == []
     assert report.leaks is not None
-    assert report.leaks.totals[Verdict.DEFINITELY_LOST].count == 2
-    assert report.leaks.totals[Verdict.INDIRECTLY_LOST].count == int(truth.note("lost")) - 2
+    definite, indirect = (
+        report.leaks.totals[verdict].count for verdict in (Verdict.DEFINITELY_LOST, Verdict.INDIRECTLY_LOST)
+    )
+    assert definite == 2 or (definite < 2 and by_number.directly)
+    assert definite + indirect == int(truth.note("lost")) - int(by_number.blocks.sum())
 
 
 def test_very_long_lists(tmp_path: Path) -> None:

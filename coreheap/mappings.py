@@ -27,6 +27,8 @@ class MappingKind(Enum):
     ARENA_RESERVE = "arena_reserve"
     """What a sub-heap has reserved beyond that."""
     MMAPPED_CHUNK = "mmapped_chunk"
+    FOREIGN_SBRK = "foreign_sbrk"
+    """What somebody other than malloc took from the break: between the main arena's pieces, or before and after all of it."""
     MAIN_STACK = "main_stack"
     THREAD_STACK = "thread_stack"
     STACK_GUARD = "stack_guard"

@@ -39,6 +39,7 @@ TOPICS: Final = {
         MappingKind.JAVA_GC,
     ),
     "other_allocator": (MappingKind.OTHER_ALLOCATOR,),
+    "foreign_sbrk": (MappingKind.FOREIGN_SBRK,),
     "written_files": (MappingKind.MAPPED_FILE,),
 }
 """The parts that mappings make up by themselves."""
@@ -48,7 +49,7 @@ WRITABLE_PRIVATE: Final = (
 )
 """All that the parts are made of."""
 FOREIGN: Final = "foreign_sbrk"
-"""Memory between the main arena's pieces that another caller of sbrk took: neither malloc's nor unknown."""
+"""The cause of what another caller of sbrk took between the main arena's pieces: neither malloc's nor unknown."""
 WRITE: Final = 2
 """PF_W, as in MappingTable.flags."""
 MUCH: Final = 0.05
@@ -104,6 +105,8 @@ def memory_verdict(
     of_chunks = (*of_map, *(heap_doubts(heap) if heap is not None else ()))
     parts = {topic: _mapped(mappings, kinds, of_map) for topic, kinds in TOPICS.items()}
     parts["written_files"] = _written_files(mappings, of_map)
+    # What lies between the arena's pieces is where no chunk was found: what speaks against the walk speaks against it.
+    parts["foreign_sbrk"] = _mapped(mappings, TOPICS["foreign_sbrk"], of_chunks)
     parts["thread_stacks"] = _mapped(mappings, TOPICS["thread_stacks"], (*of_map, *thread_doubts(gaps)))
     parts[elsewhere] = _joined(
         parts.get(elsewhere), _mapped(mappings, (MappingKind.UNEXPLAINED,), (*of_chunks, *thread_doubts(gaps)))
@@ -111,11 +114,6 @@ def memory_verdict(
     if heap is not None:
         bloated = any(finding.code == "ARENA-BLOAT" for finding in findings)
         parts |= _heap_parts(mappings, heap, free_memory, of_chunks, bloated=bloated)
-        foreign = sum(
-            part.range.byte_count for arena in heap.arenas for part in arena.unattributed if part.cause == FOREIGN
-        )
-        known = parts[elsewhere].resident is not None
-        parts[elsewhere] = _joined(parts[elsewhere], _Part(foreign, (0, foreign) if known else None, ()))
     whole = sum(part.byte_count for part in parts.values())
     parts = _in_order(parts)
     # The mappings have some bytes more: headers, and what alignment costs.

@@ -1,6 +1,6 @@
-"""What malloc has of the address space, as claims.
+"""What malloc has of the address space, as claims; and what others took from the same break.
 
-Knows: where a HeapSnapshot says its memory is. Does not know: what else is mapped.
+Knows: where a HeapSnapshot says its memory is, and that the break is one mapping. Does not know: what else is mapped.
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import numpy as np
 
 from coreheap.accounting.claims import Claims
+from coreheap.corefile import Core
 from coreheap.heap import HeapSnapshot, RegionKind
 from coreheap.mappings import MappingKind
 
 MAIN, OTHER = "main", "arena"
 """The parts of the main arenas' memory begin with the one word, those of all other arenas with the other."""
+FOREIGN = "foreign_sbrk"
+"""What somebody other than malloc took from the break, as ``UnattributedRange.cause`` and as a part of the main arena."""
 CHUNKS, HEADERS, ALIGNMENT, RESERVE, UNEXPLAINED = "chunks", "headers", "alignment", "reserve", "unexplained"
 
 
@@ -38,14 +41,16 @@ def heap_claims(heap: HeapSnapshot, claims: Claims) -> None:
         mmapped.mapping_start + np.minimum(mmapped.mapping_bytes, ~mmapped.mapping_start),
     )
     for arena in heap.arenas:
-        kind, prefix = (MappingKind.MAIN_ARENA, MAIN) if arena.is_main else (MappingKind.ARENA_HEAP, OTHER)
-        claims.add(
-            kind,
-            [unattributed.range.start for unattributed in arena.unattributed],
-            [unattributed.range.end for unattributed in arena.unattributed],
-            arena=arena.index,
-            part=[claims.part_number(f"{prefix}_{unattributed.cause}") for unattributed in arena.unattributed],
-        )
+        malloc_kind, prefix = (MappingKind.MAIN_ARENA, MAIN) if arena.is_main else (MappingKind.ARENA_HEAP, OTHER)
+        for claimed, is_foreign in ((MappingKind.FOREIGN_SBRK, True), (malloc_kind, False)):
+            parts = [part for part in arena.unattributed if (part.cause == FOREIGN) is is_foreign]
+            claims.add(
+                claimed,
+                [part.range.start for part in parts],
+                [part.range.end for part in parts],
+                arena=arena.index,
+                part=[claims.part_number(f"{prefix}_{part.cause}") for part in parts],
+            )
     sub_heaps = [(arena.index, sub_heap) for arena in heap.arenas for sub_heap in arena.sub_heaps]
     address = [sub_heap.address for _, sub_heap in sub_heaps]
     for kind, part, spans in (
@@ -70,3 +75,34 @@ def heap_claims(heap: HeapSnapshot, claims: Claims) -> None:
     # Last: the ranges of two copies of malloc that take turns at the break lie in each other.
     for index, brk_range in by_brk:
         claims.add(MappingKind.MAIN_ARENA, brk_range.start, brk_range.end, arena=index, part=f"{MAIN}_{UNEXPLAINED}")
+
+
+def break_claims(core: Core, heap: HeapSnapshot, claims: Claims) -> None:
+    """Claim what is left of the break's mapping before sbrk_base and after the end of top: sbrk was called there by others.
+
+    To be called after all others: a program's bss may touch the break. Nothing but its place tells what it is. Less than a page
+    is what the kernel and malloc align. An emulator keeps pages of a break that went down.
+    """
+    memory, page = core.memory, core.page_bytes
+    if core.made_by == "qemu":
+        return
+    found: list[tuple[int, int, int]] = []
+    for arena in heap.arenas:
+        place = arena.brk_range
+        # Where malloc's own sum says otherwise, its heap may end elsewhere.
+        if place is None or not place.byte_count or place.byte_count != arena.system_mem:
+            continue
+        first, last = memory.region_index(place.start), memory.region_index(place.end - 1)
+        if first is not None:
+            found.append((int(memory.region_start[first]), place.start, arena.index))
+        if last is not None:
+            found.append((place.end, int(memory.region_end[last]), arena.index))
+    found = [(low, high, index) for low, high, index in found if high >= low + page]
+    claims.add(
+        MappingKind.FOREIGN_SBRK,
+        [low for low, _, _ in found],
+        [high for _, high, _ in found],
+        arena=[index for _, _, index in found],
+        part=f"{MAIN}_{FOREIGN}",
+        is_supposed=True,
+    )

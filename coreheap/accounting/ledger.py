@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coreheap.accounting.claims import NOBODY, Claims
-from coreheap.accounting.heap_claims import CHUNKS, MAIN, OTHER, UNEXPLAINED, heap_claims
+from coreheap.accounting.heap_claims import CHUNKS, MAIN, OTHER, UNEXPLAINED, break_claims, heap_claims
 from coreheap.accounting.java import java_claims
 from coreheap.accounting.mapping_table import LabelledPieces, labelled_pieces, mapping_table
 from coreheap.accounting.other_allocators import other_allocator_claims
@@ -126,6 +126,8 @@ def account_for_memory(
         heap_claims(heap, claims)
     for name, claimant in claimants:
         attempt(name, partial(claimant, core, claims))
+    if heap is not None:
+        attempt("the break", partial(break_claims, core, heap, claims))
     labelled = labelled_pieces(core, claims, residency=residency)
     too_many = _TooMany()
     ledger = _ledger(labelled, heap, too_many)

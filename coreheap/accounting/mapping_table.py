@@ -38,6 +38,9 @@ MALLOC_KINDS = (
     MappingKind.MMAPPED_CHUNK,
 )
 
+HEAP_KINDS = (*MALLOC_KINDS, MappingKind.FOREIGN_SBRK)
+"""Kinds that are never a file's."""
+
 NEVER_HIDDEN_KINDS = (
     *MALLOC_KINDS,
     MappingKind.STACK_GUARD,
@@ -182,8 +185,8 @@ def _resident(
     region = pieces.region
     anonymous = memory.region_file_index[region] < 0
     if not len(memory.mapped_files):
-        # Without NT_FILE files cannot be told from anonymous memory; malloc has none of them.
-        anonymous &= np.isin(kind, [KINDS.index(own) for own in MALLOC_KINDS])
+        # Without NT_FILE files cannot be told from anonymous memory; the heap has none of them.
+        anonymous &= np.isin(kind, [KINDS.index(own) for own in HEAP_KINDS])
     anonymous &= kind != KINDS.index(MappingKind.KERNEL_PAGES)
     rows = np.flatnonzero(anonymous & (saved > 0))
     if not len(rows):

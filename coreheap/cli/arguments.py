@@ -61,6 +61,7 @@ MAPPING_KINDS = (
     "arena_heap",
     "arena_reserve",
     "mmapped_chunk",
+    "foreign_sbrk",
     "main_stack",
     "thread_stack",
     "stack_guard",

@@ -23,6 +23,7 @@ LEADS = {
     "module_data": "are variables of the program and its libraries, not malloc's",
     "java": "are the Java virtual machine's own, not malloc's",
     "other_allocator": "belong to another allocator: glibc's numbers are not the whole",
+    "foreign_sbrk": "were taken from the break (sbrk) by the program itself or a library, beside malloc",
     "not_malloc": "are anonymous memory that is not malloc's and that nothing in the core explains",
     "written_files": "are mapped files that the program wrote to, not malloc's: written pages of private mappings are copies of its own",
     "unknown": "are not known: missing from the core, or damaged",

@@ -73,6 +73,7 @@ _VERDICTS = {
     "retained_free": "free inside malloc: freed, kept by malloc",
     "arena_bloat": "free inside malloc, in arenas beside the main one",
     "mmapped_chunks": "large live blocks, each in a mapping of its own",
+    "foreign_sbrk": "taken from the break (sbrk) beside malloc",
     "not_malloc": "other anonymous memory, not glibc malloc's",
     "other_allocator": "outside glibc's heap: the other allocator's place",
     "java": "the Java VM's: heap, code, classes, its collector's tables",

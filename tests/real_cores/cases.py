@@ -137,6 +137,7 @@ def _arena_cases() -> Iterator[Case]:
     yield Case("every_list", "every_list", ("threads=4", "seed=91"))
     yield Case("brk_blocked", "main_arena", ("how=blocked", "seed=101"))
     yield Case("foreign_sbrk", "main_arena", ("how=foreign", "seed=102"))
+    yield Case("foreign_sbrk@around", "main_arena", ("how=around", "first=3000", "last=24000", "seed=103"))
     yield Case("mmapped", "mmapped", ("threads=6", "seed=111"))
     yield Case("remapped", "remapped", ("seed=112",), environment={"MALLOC_MMAP_THRESHOLD_": "131072"})
     filled = {"MALLOC_PERTURB_": "255"}
@@ -319,6 +320,7 @@ MATRIX_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "every_list": ("threads=3", "seed=91"),
     "brk_blocked": ("how=blocked", "seed=101"),
     "foreign_sbrk": ("how=foreign", "seed=102"),
+    "foreign_sbrk@around": ("how=around", "first=3000", "last=8000", "seed=103"),
     "mmapped": ("threads=3", "seed=111"),
     "remapped": ("reallocs=250", "seed=112"),
     "bloat": ("threads=12", "peak=300", "seed=121"),

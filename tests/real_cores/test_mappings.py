@@ -18,6 +18,7 @@ from coreheap.corefile.residency import kernels_holes
 from coreheap.evidence import Confidence, Strength
 from coreheap.mappings import KINDS, MappingKind, MappingTable, ResidencyBasis
 from coreheap.report import Report
+from tests.real_cores import cases, cores
 from tests.real_cores.conftest import core_or_skip
 from tests.real_cores.truth import Truth, load_truth
 
@@ -44,6 +45,10 @@ CASES = (
 KERNEL_NAMES = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]")
 HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+) *(.*)$")
 OF_ARENAS = (MappingKind.MAIN_ARENA, MappingKind.ARENA_HEAP, MappingKind.ARENA_RESERVE)
+IN_THE_BREAK = (*OF_ARENAS, MappingKind.UNEXPLAINED, MappingKind.FOREIGN_SBRK)
+BREAK_CASES = tuple(
+    name for name, case in (*cases.CASES.items(), *cases.MATRIX.items()) if case.program == "main_arena"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +238,7 @@ def test_kinds_are_what_the_kernel_calls_them(case: str) -> None:
         size = one.end - one.start
         if one.name == "[heap]":
             # What the dynamic linker took with brk before malloc began is not malloc's.
-            assert size - 0x2000 <= bytes_within(table, one, *OF_ARENAS, MappingKind.UNEXPLAINED) <= size
+            assert size - 0x2000 <= bytes_within(table, one, *IN_THE_BREAK) <= size
             assert bytes_within(table, one, *OF_ARENAS) > 0.9 * size
         if one.inode and one.permissions.startswith("r-x"):
             assert bytes_within(table, one, MappingKind.MODULE_TEXT) == size, one
@@ -274,6 +279,40 @@ def test_what_lies_beside_is_not_taken_along() -> None:
     by_topic = {item.topic: item.bytes for item in report.verdict}
     assert by_topic["not_malloc"] >= foreign.end - foreign.start + pool.end - pool.start
     assert by_topic["thread_stacks"] < 64 << 20
+
+
+@pytest.mark.parametrize("case", BREAK_CASES)
+def test_what_others_took_from_the_break(case: str) -> None:
+    """Between malloc's pieces, before and after them: each byte is theirs, with the pages that were in memory."""
+    table, report, truth = table_and_truth(case)
+    areas = sorted((int(line.split()[0], 16), int(line.split()[1])) for line in truth.notes.get("foreign", ()))
+    found = table.kind == KINDS.index(MappingKind.FOREIGN_SBRK)
+    items = {item.topic: item for item in report.verdict}
+    if not areas:
+        assert not found.any()
+        assert "foreign_sbrk" not in items
+        return
+    starts, ends = table.start[found].tolist(), table.end[found].tolist()
+    item = items["foreign_sbrk"]
+    assert item.bytes == sum(end - start for start, end in zip(starts, ends, strict=True))
+    if "around" in case:
+        (first,) = (int(line) for line in truth.notes["first"])
+        (start, size) = areas[0]
+        emulated = cores.case_named(case).target.is_emulated
+        # malloc's top ends at a page; what lies after the area is less than one.
+        assert (starts[-1], ends[-1]) == (start, start + size) or emulated
+        # The dynamic linker may have taken a little before.
+        assert emulated or 0 <= ends[0] - starts[0] - first < 0x3000
+        assert emulated or item.resident_low is None or size <= item.resident_low < size + 0x4000
+        assert item.confidence.rank <= Confidence.PLAUSIBLE.rank
+        assert any("place alone" in reason for reason in item.weakened_by)
+        assert report.verdict[0] is item or emulated
+    else:
+        # What malloc skips to align its fencepost and its next chunk goes with the area.
+        for low, high, (start, size) in zip(starts, ends, areas, strict=True):
+            assert 0 <= start - low < 16
+            assert 0 <= high - start - size < 16
+        assert item.resident_high is None or item.resident_low <= item.resident_high <= item.bytes
 
 
 def noted(truth: Truth, name: str) -> tuple[int, int]:

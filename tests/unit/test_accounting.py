@@ -146,7 +146,7 @@ def assert_same_bytes(table: MappingTable, ledger: LedgerNode) -> None:
     }
     nodes = [(ledger.child(name), kinds) for name, kinds in NODES]
     if ledger.children[0].name == "malloc":
-        nodes.append((ledger.child("malloc"), tuple(KINDS[:4])))
+        nodes.append((ledger.child("malloc"), tuple(KINDS[:5])))
     for node, kinds in nodes:
         rows = np.isin(table.kind, [KINDS.index(kind) for kind in kinds])
         assert table.bytes_of(*kinds) == node.bytes
@@ -163,7 +163,7 @@ def test_each_kind_of_memory_has_its_leaf(tmp_path: Path) -> None:
         ledger = build_ledger(core, None)
         assert_sums(ledger, mapped_bytes_of(core))
     assert [child.name for child in ledger.children] == [name for name, _ in NODES]
-    assert sorted((kind for _, kinds in NODES for kind in kinds), key=KINDS.index) == list(KINDS[4:])
+    assert sorted((kind for _, kinds in NODES for kind in kinds), key=KINDS.index) == list(KINDS[5:])
     assert ledger.child("module_text").bytes == 0x1000 + 0x2000  # program and libc
     assert ledger.child("module_data").bytes == 0x1000 + 0x2000
     assert ledger.child("module_bss").bytes == 0x2000
@@ -266,6 +266,32 @@ def test_a_cause_that_is_unattributed_has_a_leaf_of_its_own(opened: tuple[corehe
         assert_sums(ledger, mapped_bytes_of(core))
         assert ledger.child("malloc", "main_arena", cause).bytes == PAGE
         assert ledger.child("malloc", "main_arena").bytes == THREADS.main_bytes
+
+
+def test_what_others_took_after_the_last_chunk_is_theirs_if_mallocs_sum_says_so(
+    opened: tuple[coreheap.Core, HeapSnapshot],
+) -> None:
+    core, heap = opened
+    main = heap.arenas[0]
+    assert main.brk_range is not None
+    shorter = AddressRange(main.brk_range.start, main.brk_range.end - 2 * PAGE)
+    region = heap.chunks.regions[main.regions[0]]
+    cut = dataclasses.replace(region, range=AddressRange(region.range.start, shorter.end))
+    others = tuple(other for other in heap.chunks.regions if other is not region)
+    chunks = dataclasses.replace(heap.chunks, regions=(cut, *others))
+
+    def foreign_bytes(system_mem: int | None) -> tuple[int, int]:
+        arena = dataclasses.replace(main, brk_range=shorter, system_mem=system_mem)
+        changed = dataclasses.replace(heap, arenas=(arena, *heap.arenas[1:]), chunks=chunks)
+        account = account_for_memory(core, changed)
+        assert_sums(account.ledger, mapped_bytes_of(core))
+        kinds = account.mappings.bytes_of(MappingKind.FOREIGN_SBRK)
+        return kinds, account.mappings.supposed_bytes.get(MappingKind.FOREIGN_SBRK, 0)
+
+    assert foreign_bytes(shorter.byte_count) == (2 * PAGE, 2 * PAGE)
+    # Here malloc says that the two pages are its own, or nothing.
+    assert foreign_bytes(main.system_mem) == (0, 0)
+    assert foreign_bytes(None) == (0, 0)
 
 
 def test_what_nothing_claims_of_the_brk_range_is_unexplained(opened: tuple[coreheap.Core, HeapSnapshot]) -> None:

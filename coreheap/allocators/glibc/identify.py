@@ -6,6 +6,7 @@ names the winner, the runner-up, and every fact that spoke for or against.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,12 +21,12 @@ from coreheap.allocators.glibc.parameters import (
 )
 from coreheap.allocators.glibc.records import HeapInfo, Layout, read_arena
 from coreheap.allocators.glibc.scoring import ARENA_ACCEPTED, arena_score, sampled, sub_heap_score, tcache_score
-from coreheap.allocators.glibc.tcache import are_tcaches, wanted_tcache
+from coreheap.allocators.glibc.tcache import are_tcaches, tcache_kind, wanted_tcache
 from coreheap.allocators.glibc.thread_storage import ThreadStorage
 from coreheap.allocators.glibc.threads import ThreadWords, copy_of, find_thread_words, wanted_arena
 from coreheap.allocators.glibc.version import LibcVersion, libc_version
 from coreheap.allocators.glibc.ways import Globals, evidence_for, evidence_for_layout, find_globals
-from coreheap.corefile import Core
+from coreheap.corefile import AddressSpace, Core
 from coreheap.corefile.regions import LAST_ADDRESS
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Evidence, Strength
@@ -76,6 +77,18 @@ def _heap_max_candidates(layout: Layout) -> tuple[int, ...]:
     return (default, *(4 * page_bytes for page_bytes in HUGE_PAGE_BYTES))
 
 
+@dataclass(frozen=True, slots=True)
+class FoundRing:
+    """The best ring of arenas under one kind of malloc_state, the parts of the score that follow from it, and why."""
+
+    ring: ArenaRing
+    heap_max: int
+    headers: tuple[HeapInfo, ...]
+    parts: dict[str, float]
+    main_is_saved: bool
+    evidence: tuple[Evidence, ...]
+
+
 @dataclass(slots=True)
 class Search:
     """What is found once and shared by all candidate layouts and copies of malloc."""
@@ -86,6 +99,8 @@ class Search:
     storage: ThreadStorage
     headers: dict[int, tuple[HeapInfo, ...]]
     behind: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    rings: dict[Hashable, FoundRing | None] = field(default_factory=dict)
+    words: dict[Hashable, ThreadWords] = field(default_factory=dict)
 
     @property
     def symbols(self) -> tuple[Sighting, ...]:
@@ -117,6 +132,52 @@ class Search:
         if name not in self.behind:
             self.behind[name] = locate.heap_behind_program(self.core, layout)
         return self.behind[name]
+
+    def ring_by_symbol_or_sub_heaps(self, layout: Layout, heap_max: int) -> FoundRing | None:
+        """The best ring that symbols and sub-heaps lead to: layouts with the same malloc_state and heap_info have the same."""
+        kind = (ring_kind(layout), heap_max)
+        if kind not in self.rings:
+            headers = self.headers_for(layout, heap_max)
+            # A sub-heap's own arena lies right behind heap_info: the layout's sizeof decides whether it is one.
+            own = {
+                header.ar_ptr
+                for header in headers
+                if header.ar_ptr == header.address + layout.heap_info_bytes and header.prev == 0
+            }
+            found_by = "a heap_info at an aligned address leads to this arena"
+            sightings = [
+                *self.symbols,
+                *(
+                    Sighting(address, Evidence(found_by, "sub-heap headers", Strength.SOLID, address))
+                    for address in sorted(own)
+                ),
+            ]
+            self.rings[kind] = find_ring(self.core.memory, layout, heap_max, headers, sightings)
+        return self.rings[kind]
+
+    def thread_words(self, layout: Layout, ring: ArenaRing, headers: tuple[HeapInfo, ...]) -> ThreadWords:
+        """What the threads' storage says: layouts with the same arenas and the same tcache structure have the same."""
+        owners = frozenset(header.ar_ptr for header in headers)
+        kind = (ring.main, frozenset(ring.members), owners, tcache_kind(layout))
+        if kind not in self.words:
+            self.words[kind] = find_thread_words(
+                self.storage,
+                wanted_arena(ring.members, headers),
+                wanted_tcache(self.core.memory, layout),
+                copy_of(self.core, self.libcs, ring.main),
+            )
+        return self.words[kind]
+
+
+def ring_kind(layout: Layout) -> Hashable:
+    """Equal for layouts under which the same places are arenas: what ``find_ring`` asks of a layout."""
+    generation = layout.generation
+    return (
+        layout.word_class.name,
+        generation.malloc_state,
+        generation.flags_hold_fastchunks,
+        layout.heap_info_bytes,
+    )
 
 
 def search_of(core: Core) -> Search:
@@ -220,22 +281,8 @@ def _by_symbol_or_sub_heaps(search: Search, layout: Layout) -> Identification | 
     """The best reading of the core under one layout from its symbols and sub-heaps, None where no arena fits it."""
     best: Identification | None = None
     for heap_max in _heap_max_candidates(layout):
-        headers = search.headers_for(layout, heap_max)
-        # A sub-heap's own arena lies right behind heap_info: the layout's sizeof decides whether it is one.
-        own = {
-            header.ar_ptr
-            for header in headers
-            if header.ar_ptr == header.address + layout.heap_info_bytes and header.prev == 0
-        }
-        found_by = "a heap_info at an aligned address leads to this arena"
-        sightings = [
-            *search.symbols,
-            *(
-                Sighting(address, Evidence(found_by, "sub-heap headers", Strength.SOLID, address))
-                for address in sorted(own)
-            ),
-        ]
-        candidate = identification(search, layout, heap_max, headers, sightings)
+        found = search.ring_by_symbol_or_sub_heaps(layout, heap_max)
+        candidate = None if found is None else _reading(search, layout, found)
         if candidate is not None and (best is None or _heap_max_rank(candidate) > _heap_max_rank(best)):
             best = candidate
     return best
@@ -273,8 +320,18 @@ def identification(
     sightings: list[Sighting],
 ) -> Identification | None:
     """The reading of the core from the best ring of arenas that the sightings lead to; None where none is accepted."""
-    memory = search.core.memory
-    header_bytes = layout.word_class.header_bytes
+    found = find_ring(search.core.memory, layout, heap_max, headers, sightings)
+    return None if found is None else _reading(search, layout, found)
+
+
+def find_ring(
+    memory: AddressSpace,
+    layout: Layout,
+    heap_max: int,
+    headers: tuple[HeapInfo, ...],
+    sightings: list[Sighting],
+) -> FoundRing | None:
+    """The best ring of arenas that the sightings lead to; None where none is accepted."""
     best_ring: ArenaRing | None = None
     best_key = (-1, False, 0.0)
     best_evidence: list[Evidence] = []
@@ -315,15 +372,24 @@ def identification(
     if sub_heap_share is not None:
         parts["sub-heaps"] = sub_heap_share
         evidence.append(sub_heap_evidence)
-    parameters = find_parameters(search.core, layout, best_ring, search.mp_symbols(best_ring.main))
-    if best_ring.main is not None and score_of(best_ring.main) >= 0:
+    main_is_saved = best_ring.main is not None and score_of(best_ring.main) >= 0
+    return FoundRing(best_ring, heap_max, headers, parts, main_is_saved, tuple(evidence))
+
+
+def _reading(search: Search, layout: Layout, found: FoundRing) -> Identification:
+    """The reading of the core under one layout, from the ring that its malloc_state gives."""
+    ring, parts, evidence = found.ring, dict(found.parts), list(found.evidence)
+    parameters = find_parameters(search.core, layout, ring, search.mp_symbols(ring.main))
+    if found.main_is_saved:
         parts["parameters"] = parameters.score if parameters else 0.0
-        evidence.extend(parameters_evidence(memory, layout, best_ring, parameters))
+        evidence.extend(parameters_evidence(search.core.memory, layout, ring, parameters))
     sbrk_base = parameters.values["sbrk_base"] if parameters else 0
     first_chunks = [layout.aligned_header(sbrk_base)] if sbrk_base else []
-    first_chunks += [member - layout.heap_info_bytes + layout.first_chunk_in_arena_heap for member in best_ring.others]
-    first_payloads = [chunk + header_bytes for chunk in first_chunks]
-    return _with_threads(search, layout, heap_max, best_ring, headers, parameters, parts, evidence, first_payloads)
+    first_chunks += [member - layout.heap_info_bytes + layout.first_chunk_in_arena_heap for member in ring.others]
+    first_payloads = [chunk + layout.word_class.header_bytes for chunk in first_chunks]
+    return _with_threads(
+        search, layout, found.heap_max, ring, found.headers, parameters, parts, evidence, first_payloads
+    )
 
 
 def _without_arenas(search: Search, layout: Layout) -> Identification | None:
@@ -371,12 +437,7 @@ def _with_threads(
     allocation makes its tcache there.
     """
     memory = search.core.memory
-    words = find_thread_words(
-        search.storage,
-        wanted_arena(ring.members, headers),
-        wanted_tcache(memory, layout),
-        copy_of(search.core, search.libcs, ring.main),
-    )
+    words = search.thread_words(layout, ring, headers)
     # A place that libc names and no thread's structure bears out says nothing of the layout.
     addresses = [int(address) for address in words.tcache.tolist() if address and words.tcache_hits]
     trust = 1.0

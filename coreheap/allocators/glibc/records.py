@@ -5,7 +5,7 @@ Knows: how to decode a structure whose offsets are given. Does not know which la
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -41,47 +41,37 @@ _UNSIGNED: dict[int, str] = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8"}
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One generation for one word class: everything that is needed to read a heap."""
+    """One generation for one word class: everything that is needed to read a heap.
+
+    All that follows from the two is worked out once: it is asked for at each arena and each sub-heap.
+    """
 
     generation: Generation
     word_class: WordClass
+    state: Structure = field(init=False, repr=False, compare=False)
+    parameters: Structure = field(init=False, repr=False, compare=False)
+    heap_info: Structure = field(init=False, repr=False, compare=False)
+    heap_info_bytes: int = field(init=False, repr=False, compare=False)
+    tcache: Structure | None = field(init=False, repr=False, compare=False)
+    tcache_chunk_bytes: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """Sizes that the chunk of a tcache structure can have; empty before 2.26.
 
-    @property
-    def state(self) -> Structure:
-        return structure(MALLOC_STATE[self.generation.malloc_state], self.word_class)
+    A chunk may be larger than asked for by less than MINSIZE, when what is left over could not be a chunk.
+    """
 
-    @property
-    def parameters(self) -> Structure:
-        return structure(MALLOC_PAR[self.generation.malloc_par], self.word_class)
-
-    @property
-    def heap_info(self) -> Structure:
-        return structure(HEAP_INFO[self.generation.heap_info], self.word_class)
-
-    @property
-    def heap_info_bytes(self) -> int:
-        return heap_info_bytes(HEAP_INFO[self.generation.heap_info], self.word_class)
-
-    @property
-    def tcache(self) -> Structure | None:
-        row = self.generation.tcache
-        return structure(TCACHE_PERTHREAD[row], self.word_class) if row else None
-
-    @property
-    def tcache_chunk_bytes(self) -> tuple[int, ...]:
-        """Sizes that the chunk of a tcache structure can have; empty before 2.26.
-
-        A chunk may be larger than asked for by less than MINSIZE, when what is left over could not be a chunk.
-        """
-        tcache = self.tcache
-        if tcache is None:
-            return ()
-        word_class = self.word_class
-        asked = [word_class.chunk_bytes_for(tcache.byte_count)]
-        if self.generation.tcache_may_be_padded_twice:
-            asked.append(word_class.chunk_bytes_for(asked[0]))
-        surplus = range(0, word_class.minimum_chunk_bytes, word_class.alignment)
-        return tuple(sorted({size + more for size in asked for more in surplus}))
+    def __post_init__(self) -> None:
+        generation, word_class = self.generation, self.word_class
+        tcache = structure(TCACHE_PERTHREAD[generation.tcache], word_class) if generation.tcache else None
+        heap_info = HEAP_INFO[generation.heap_info]
+        for name, value in (
+            ("state", structure(MALLOC_STATE[generation.malloc_state], word_class)),
+            ("parameters", structure(MALLOC_PAR[generation.malloc_par], word_class)),
+            ("heap_info", structure(heap_info, word_class)),
+            ("heap_info_bytes", heap_info_bytes(heap_info, word_class)),
+            ("tcache", tcache),
+            ("tcache_chunk_bytes", _tcache_chunk_bytes(generation, word_class, tcache)),
+        ):
+            object.__setattr__(self, name, value)
 
     @property
     def without_tcache(self) -> Layout:
@@ -131,6 +121,16 @@ class Layout:
         """Address that bin ``number``'s list uses as its chunk: fd and bk fall on the bin's two words."""
         word = self.word_class.word_bytes
         return arena + self.state.offset("bins") + 2 * word * (number - 1) - 2 * word
+
+
+def _tcache_chunk_bytes(generation: Generation, word_class: WordClass, tcache: Structure | None) -> tuple[int, ...]:
+    if tcache is None:
+        return ()
+    asked = [word_class.chunk_bytes_for(tcache.byte_count)]
+    if generation.tcache_may_be_padded_twice:
+        asked.append(word_class.chunk_bytes_for(asked[0]))
+    surplus = range(0, word_class.minimum_chunk_bytes, word_class.alignment)
+    return tuple(sorted({size + more for size in asked for more in surplus}))
 
 
 def scalar(raw: bytes, fields: Structure, name: str) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from coreheap.allocators.glibc import locate
 from coreheap.allocators.glibc.locate import ArenaRing
-from coreheap.allocators.glibc.records import ArenaState, HeapInfo, Layout, read_tcache
+from coreheap.allocators.glibc.records import BIN_COUNT, ArenaState, HeapInfo, Layout, read_tcache
 from coreheap.allocators.glibc.tcache import counts_agree, links_of_tcache
 from coreheap.corefile import AddressSpace
 from coreheap.errors import MemoryFault
@@ -28,43 +28,36 @@ def arena_score(memory: AddressSpace, state: ArenaState, layout: Layout) -> floa
     Source: malloc_init_state, sysmalloc, arena_get2 (glibc 2.12-2.44). Half of it are the 127 bins.
     """
     word_class = layout.word_class
-    generation = layout.generation
-    flags_allowed = 0b111 if generation.flags_hold_fastchunks else 0b010
+    flags_allowed = 0b111 if layout.generation.flags_hold_fastchunks else 0b010
     if state.is_unused:
         checks = [state.next == state.address, not state.bins.any(), not state.fastbins.any()]
         return sum(checks) / len(checks) if all(checks) else 0.0
-    number = np.arange(1, 128, dtype=np.uint64)
-    header = np.uint64(layout.bin_header(state.address, 1)) + (number - np.uint64(1)) * np.uint64(
-        word_class.header_bytes
-    )
-    fd, bk = state.bins[0::2], state.bins[1::2]
-    empty = (fd == header) & (bk == header)
+    first_bin = layout.bin_header(state.address, 1)
+    header = np.uint64(first_bin) + np.arange(BIN_COUNT, dtype=np.uint64) * np.uint64(word_class.header_bytes)
     phase = np.uint64(word_class.granule_phase)
     mask = np.uint64(word_class.alignment - 1)
-    linked = (
-        (fd != header)
-        & (bk != header)
-        & ((fd & mask) == phase)
-        & ((bk & mask) == phase)
-        & locate.mapped_writable(memory, fd)
-        & locate.mapped_writable(memory, bk)
-    )
-    bins_share = float((empty | linked).mean())
+    fd, bk = state.bins[0::2], state.bins[1::2]
+    leads_off = (fd != header) & (bk != header)
+    filled = np.flatnonzero(leads_off)
     fast = state.fastbins[state.fastbins != 0]
-    top = np.array([state.top], dtype=np.uint64)
+    # All that has to be mapped, in one question.
+    mapped = locate.mapped_writable(
+        memory, np.concatenate((fd[filled], bk[filled], fast, np.array([state.top, state.next], np.uint64)))
+    )
+    aligned = ((fd[filled] & mask) == phase) & ((bk[filled] & mask) == phase)
+    linked = int((aligned & mapped[: len(filled)] & mapped[len(filled) : 2 * len(filled)]).sum())
+    empty = int(((fd == header) & (bk == header)).sum())
+    bins_share = (empty + linked) / BIN_COUNT
+    top_mapped, next_mapped = mapped[-2:].tolist()
     checks = [
         state.mutex in (0, 1, 2),
         state.flags & ~flags_allowed == 0,
         state.system_mem <= state.max_system_mem,
-        state.top == layout.bin_header(state.address, 1)
-        or (
-            (state.top & (word_class.alignment - 1)) == word_class.granule_phase
-            and bool(locate.mapped_writable(memory, top)[0])
-        ),
-        state.system_mem > 0 or state.top == layout.bin_header(state.address, 1),
+        state.top == first_bin or ((state.top & (word_class.alignment - 1)) == word_class.granule_phase and top_mapped),
+        state.system_mem > 0 or state.top == first_bin,
         state.attached_threads is None or state.attached_threads < 1 << 20,
-        bool((((fast & mask) == phase) & locate.mapped_writable(memory, fast)).all()),
-        state.next != 0 and bool(locate.mapped_writable(memory, np.array([state.next], np.uint64))[0]),
+        bool((((fast & mask) == phase) & mapped[2 * len(filled) : -2]).all()),
+        state.next != 0 and next_mapped,
     ]
     return 0.5 * bins_share + 0.5 * sum(checks) / len(checks)
 

@@ -177,11 +177,6 @@ def heap_info_bytes(row: str, word_class: WordClass) -> int:
     return aligned
 
 
-def tcache_chunk_bytes(generation_tcache: str, word_class: WordClass) -> int:
-    """The size of the chunk that holds a tcache_perthread_struct."""
-    return word_class.chunk_bytes_for(structure(generation_tcache, word_class).byte_count)
-
-
 @cache
 def bin_numbers(word_class: WordClass) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Lowest and highest chunk size of each bin, int64[128] each; the highest of the last bin is 2**62.

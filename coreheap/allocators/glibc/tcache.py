@@ -6,7 +6,7 @@ cached blocks are in the chunk index (``overlay``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +88,18 @@ def wanted_tcache(memory: AddressSpace, layout: Layout) -> Wanted | None:
         lambda addresses: are_tcaches(memory, layout, addresses),
         lambda addresses: have_tcache_size(memory, layout, addresses),
         is_dummy,
+    )
+
+
+def tcache_kind(layout: Layout) -> Hashable:
+    """Equal for layouts under which the same words lead to a tcache: what ``wanted_tcache`` asks of a layout."""
+    generation = layout.generation
+    return (
+        layout.word_class.name,
+        generation.tcache,
+        generation.tcache_counts_free_slots,
+        generation.tcache_is_never_null,
+        layout.tcache_chunk_bytes,
     )
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from coreheap.allocators.glibc.gathering import Bools, UInt64s, words_at
+from coreheap.allocators.glibc.gathering import Bools, UInt64s, places_in_file, words_at
 from coreheap.corefile import Core
+from coreheap.corefile.notes import records_at
 
 Int64s = npt.NDArray[np.int64]
 
@@ -83,14 +84,29 @@ def describe(fit: Fit, wanted: Wanted) -> str:
 
 def accepted(words: UInt64s, accepts: Callable[[UInt64s], Bools]) -> Bools:
     """For each word, of any shape, whether it is accepted; 0 never is. Each value is asked for once."""
-    values, inverse = np.unique(words, return_inverse=True)
+    values, place = np.unique(words, return_inverse=True)
+    return _verdict(values, accepts)[place].reshape(words.shape)
+
+
+def _verdict(values: UInt64s, accepts: Callable[[UInt64s], Bools]) -> Bools:
     verdict: Bools = values != 0
     verdict[verdict] = accepts(values[verdict])
-    return verdict[inverse].reshape(words.shape)
+    return verdict
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Window:
+    """Words of many threads between two offsets: ``offsets`` and each different value once, sorted; ``place`` says which of
+    these is where: intp[threads, offsets]."""
+
+    offsets: Int64s
+    values: UInt64s
+    place: npt.NDArray[np.intp]
 
 
 class ThreadStorage:
-    """Words of every thread's static TLS by their offset from the thread pointer; each is read once."""
+    """Words of every thread's static TLS by their offset from the thread pointer; each is read once, and each question
+    asked once."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
@@ -99,7 +115,8 @@ class ThreadStorage:
         pointers = [thread.thread_pointer or 0 for thread in core.threads]
         self.pointers: UInt64s = np.array(pointers, np.uint64)
         self._columns: dict[int, tuple[UInt64s, Bools]] = {}
-        self._windows: dict[tuple[int, int], tuple[Int64s, UInt64s]] = {}
+        self._windows: dict[tuple[int, int], _Window] = {}
+        self._fits: dict[tuple[int, Wanted], Fit] = {}
 
     @property
     def known(self) -> Bools:
@@ -113,33 +130,57 @@ class ThreadStorage:
         values, saved = self._columns[offset]
         return values, saved
 
-    def window(self, start: int, end: int) -> tuple[Int64s, UInt64s]:
-        """The word offsets of [start, end) and the words there: uint64[threads looked at, offsets].
+    def offsets_with(self, start: int, end: int, accepts: Callable[[UInt64s], Bools]) -> Int64s:
+        """The word offsets of [start, end) at which some thread has an accepted word; 0 never is.
 
-        Of many threads some, evenly spread. A word counts as far as memory goes on without a break from the thread
-        pointer: behind that no variable can lie, and it is 0 here.
+        Of many threads some are looked at, evenly spread. A word counts as far as memory goes on without a break from the
+        thread pointer: behind that no variable can lie.
         """
         if (start, end) not in self._windows:
-            word = self.word_bytes
-            offsets = np.arange(start + -start % word, end - word + 1, word, dtype=np.int64)
-            having = self.pointers[self.known]
-            most = max(1, WORDS_AT_ONCE // max(len(offsets), 1))
-            pointers = having[:: max(1, -(-len(having) // most))]
-            words = np.zeros((len(pointers), len(offsets)), np.uint64)
-            for row, pointer in enumerate(pointers.tolist()):
-                words[row] = self._connected(pointer, offsets)
-            self._windows[start, end] = offsets, words
-        return self._windows[start, end]
+            self._windows[start, end] = self._window(start, end)
+        window = self._windows[start, end]
+        found: Int64s = window.offsets[_verdict(window.values, accepts)[window.place].any(axis=0)]
+        return found
+
+    def _window(self, start: int, end: int) -> _Window:
+        word = self.word_bytes
+        offsets = np.arange(start + -start % word, end - word + 1, word, dtype=np.int64)
+        having = self.pointers[self.known]
+        most = max(1, WORDS_AT_ONCE // max(len(offsets), 1))
+        pointers = having[:: max(1, -(-len(having) // most))]
+        words, whole = self._rows(pointers, offsets)
+        for row in np.flatnonzero(~whole).tolist():
+            words[row] = self._connected(int(pointers[row]), offsets)
+        values, place = np.unique(words, return_inverse=True)
+        return _Window(offsets, values, place.reshape(words.shape))
 
     def fit(self, offset: int, wanted: Wanted) -> Fit:
         """How well the threads' words at an offset are what is looked for."""
-        values, saved = self.column(offset)
-        hits = accepted(values, wanted.accepts)
-        others = values[~hits & (values != 0)]
-        damaged = wanted.resembles(others)
-        misses = int((~damaged & ~wanted.is_neutral(others)).sum())
-        zeros = int((saved & (values == 0)).sum())
-        return Fit(offset, values, saved, int(hits.sum()), int(damaged.sum()), misses, zeros)
+        if (offset, wanted) not in self._fits:
+            values, saved = self.column(offset)
+            hits = accepted(values, wanted.accepts)
+            others = values[~hits & (values != 0)]
+            damaged = wanted.resembles(others)
+            misses = int((~damaged & ~wanted.is_neutral(others)).sum())
+            zeros = int((saved & (values == 0)).sum())
+            self._fits[offset, wanted] = Fit(offset, values, saved, int(hits.sum()), int(damaged.sum()), misses, zeros)
+        return self._fits[offset, wanted]
+
+    def _rows(self, pointers: UInt64s, offsets: Int64s) -> tuple[UInt64s, Bools]:
+        """The words of each thread for which one run of saved bytes holds them and all up to the thread pointer; bool[n]
+        says for which."""
+        word, count = self.word_bytes, len(offsets)
+        words = np.zeros((len(pointers), count), np.uint64)
+        if not count:
+            return words, np.ones(len(pointers), np.bool_)
+        first, last = int(offsets[0]), int(offsets[-1]) + word
+        low, high = min(first, 0), max(last, 0)
+        # Below 0 the sum wraps round to where nothing is saved.
+        starts = pointers + np.array(low, np.int64).astype(np.uint64)
+        place, whole = places_in_file(self.core.memory, starts, high - low)
+        row = np.dtype([("words", f"<u{word}", (count,))])
+        words[whole] = records_at(self.core.memory.file, place[whole] + (first - low), row)["words"]
+        return words, whole
 
     def _read(self, pointers: UInt64s, offsets: Int64s) -> tuple[UInt64s, Bools]:
         # Below 0 the sum wraps round to where nothing is saved.

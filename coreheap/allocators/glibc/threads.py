@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from coreheap.allocators.glibc.gathering import Bools, UInt64s
 from coreheap.allocators.glibc.records import HeapInfo
-from coreheap.allocators.glibc.thread_storage import Fit, ThreadStorage, Wanted, accepted, describe
+from coreheap.allocators.glibc.thread_storage import Fit, ThreadStorage, Wanted, describe
 from coreheap.allocators.glibc.ways import (
     Globals,
     ThreadBlock,
@@ -198,10 +198,9 @@ def _best_columns(
 ) -> tuple[Fit, ...]:
     """The consistent columns with the most hits in the first range that has one, the nearest to ``near`` first."""
     for start, end in ranges:
-        offsets, words = storage.window(start, end)
-        candidates = np.flatnonzero(accepted(words, wanted.accepts).any(axis=0)) if words.any() else np.zeros(0, int)
-        candidates = candidates[np.argsort(np.abs(offsets[candidates] - near), kind="stable")]
-        fits = [storage.fit(offset, wanted) for offset in offsets[candidates].tolist()]
+        offsets = storage.offsets_with(start, end, wanted.accepts)
+        offsets = offsets[np.argsort(np.abs(offsets - near), kind="stable")]
+        fits = [storage.fit(offset, wanted) for offset in offsets.tolist()]
         fits = [fit for fit in fits if fit.is_consistent]
         if fits:
             most = max(fit.hits for fit in fits)
@@ -211,9 +210,8 @@ def _best_columns(
 
 def _damaged_column(storage: ThreadStorage, wanted: Wanted, near: tuple[int, int]) -> tuple[Fit, ...]:
     """The one consistent column of a short range that leads to what resembles the wanted; nothing where several do."""
-    offsets, words = storage.window(*near)
-    candidates = np.flatnonzero(accepted(words, wanted.resembles).any(axis=0)) if words.any() else np.zeros(0, int)
-    fits = [storage.fit(offset, wanted) for offset in offsets[candidates].tolist()]
+    offsets = storage.offsets_with(*near, wanted.resembles)
+    fits = [storage.fit(offset, wanted) for offset in offsets.tolist()]
     fits = [fit for fit in fits if fit.is_consistent]
     return tuple(fits) if len(fits) == 1 else ()
 

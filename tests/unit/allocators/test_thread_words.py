@@ -7,6 +7,7 @@ nothing of how the product joins its ways.
 from __future__ import annotations
 
 import shutil
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -306,7 +307,11 @@ class TestHostileStorage:
             builder.add_thread(1 + number, stack_pointer=0x100100, thread_pointer=0x140000)
         with open_core(builder.write(tmp_path / "core")) as core:
             held = ThreadStorage(core)
-            _, words = held.window(-0x40000, 0)
-            assert words.nbytes <= 1 << 26
+            tracemalloc.start()
+            try:
+                assert held.offsets_with(-0x40000, 0, self.ANYTHING.accepts).tolist() == [-0x10]
+                assert tracemalloc.get_traced_memory()[1] <= 1 << 28
+            finally:
+                tracemalloc.stop()
             found = find_thread_words(held, self.ANYTHING, None, None)
             assert (found.arena_offset, found.arena_hits) == (-0x10, 20_000)

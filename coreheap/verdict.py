@@ -94,8 +94,11 @@ def memory_verdict(
     is counted by chunks, and what is left beside the heap: chunks that were not found lie there. Where another part may have had
     more in memory, the first one is not certain to be the first.
     """
+    # Where an allocator's own memory was found, the rest is not its own.
     another_is_used = any(
-        finding.code == "OTHER-ALLOCATOR" and finding.quantity("glibc_heap_nearly_empty") == "true"
+        finding.code == "OTHER-ALLOCATOR"
+        and finding.quantity("glibc_heap_nearly_empty") == "true"
+        and finding.quantity("allocator_bytes") is None
         for finding in findings
     )
     elsewhere = "other_allocator" if another_is_used else "not_malloc"
@@ -174,7 +177,9 @@ def _in_order(parts: Mapping[str, _Part]) -> dict[str, _Part]:
 def _mapped(mappings: MappingTable, kinds: Collection[MappingKind], doubts: tuple[Doubt, ...]) -> _Part:
     """What the program may write of some kinds of mappings."""
     rows = _rows_of(mappings, kinds)
-    resident = int(mappings.resident_low[rows].sum()), int(mappings.resident_high[rows].sum())
+    # What is only reserved may hold pages that the core does not tell of; it is no part of what the program may write.
+    high = np.minimum(mappings.resident_high[rows], mappings.committed_bytes[rows])
+    resident = int(np.minimum(mappings.resident_low[rows], high).sum()), int(high.sum())
     committed = int(mappings.committed_bytes[rows].sum())
     supposed = sum(mappings.supposed_bytes.get(kind, 0) for kind in kinds)
     if supposed:

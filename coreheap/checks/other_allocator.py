@@ -14,6 +14,8 @@ from coreheap.report import Finding, Quantity, Severity, Unit
 
 NEARLY_EMPTY_SHARE = 0.1
 """glibc's share of anonymous memory below which another allocator is taken for the real one."""
+LEAST_BYTES = 1 << 20
+"""Of memory beside glibc's heap: less is what any process has, and nothing to look for elsewhere."""
 
 STATISTICS = {
     "jemalloc": "malloc_stats_print(), or MALLOC_CONF=stats_print:true at the process's end",
@@ -27,40 +29,23 @@ STATISTICS = {
 
 
 def findings(case: Case) -> tuple[Finding, ...]:
-    """One finding for each allocator beside glibc's, or one when no heap of glibc's is there at all."""
+    """One finding for each allocator beside glibc's that left a trace."""
     heap = case.heap
     in_use = 0
     if heap is not None:
         in_use = sum(heap.totals[state].chunk_bytes for state in (ChunkState.IN_USE, ChunkState.TCACHE))
         in_use += heap.mmapped_bytes
     unexplained = case.ledger.child("other_anonymous").bytes
-    found = other_allocators(case.core)
-    result = [_finding(case, allocator, in_use, unexplained) for allocator in found]
-    if not found and heap is None and not case.core.memory.writable_bytes_not_saved():
-        nowhere = Evidence(
-            "no malloc_state of any glibc from 2.12 to 2.44 is in the core",
-            "symbols, sub-heap headers and a scan of writable memory",
-            Strength.SOLID,
-        )
-        quantities = _quantities("unknown", None, False, 0, unexplained, True)
-        steps = ("ask who serves malloc here: nm -D of the program and its libraries for malloc",)
-        result.append(
-            Finding(
-                "OTHER-ALLOCATOR",
-                Severity.WARNING,
-                confidence_from([nowhere]),
-                "unknown",
-                quantities,
-                (nowhere,),
-                steps,
-            )
-        )
-    return tuple(result)
+    return tuple(_finding(case, allocator, in_use, unexplained) for allocator in other_allocators(case.core))
 
 
 def _finding(case: Case, allocator: OtherAllocator, in_use: int, unexplained: int) -> Finding:
     theirs = bytes_claimed(case, allocator)
-    nearly_empty = case.heap is None or in_use < NEARLY_EMPTY_SHARE * max(unexplained + theirs, 1)
+    elsewhere = unexplained + theirs
+    is_known = bool(allocator.ranges)
+    # A run time of which nothing was found may never have been started.
+    nearly_empty = elsewhere >= LEAST_BYTES and (is_known or allocator.replaces_malloc)
+    nearly_empty &= case.heap is None or in_use < NEARLY_EMPTY_SHARE * elsewhere
     evidence = list(allocator.evidence)
     evidence += [fact for ranges in allocator.ranges if ranges.is_estimate for fact in ranges.evidence]
     if nearly_empty:
@@ -81,7 +66,10 @@ def _finding(case: Case, allocator: OtherAllocator, in_use: int, unexplained: in
                 speaks_against=True,
             )
         )
-    is_known = bool(allocator.ranges)
+    if not is_known and allocator.is_searched:
+        evidence.append(_against("none of its structures were found in memory"))
+    elif not is_known and not allocator.replaces_malloc:
+        evidence.append(_against("whether it was ever started is not known: not all of its memory can be looked at"))
     weakened_by = []
     missing = case.core.memory.writable_bytes_not_saved()
     if is_known and missing:
@@ -119,6 +107,10 @@ def _finding(case: Case, allocator: OtherAllocator, in_use: int, unexplained: in
         next_steps=tuple(steps),
         weakened_by=tuple(weakened_by),
     )
+
+
+def _against(statement: str) -> Evidence:
+    return Evidence(statement, "anonymous memory", Strength.HINT, speaks_against=True)
 
 
 def bytes_claimed(case: Case, allocator: OtherAllocator) -> int:

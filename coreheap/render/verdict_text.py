@@ -36,7 +36,7 @@ WORTH_A_WORD = 0.05
 def verdict_paragraph(report: Report) -> str:
     """The answer in a few sentences; empty where the report has no verdict."""
     items = [item for item in report.verdict if item.whole == "writable_private"]
-    memory = (*_memory(items), *_shared(report), *_leaks(report), *_remedies(report, items)) if items else ()
+    memory = (*_memory(report, items), *_shared(report), *_leaks(report), *_remedies(report, items)) if items else ()
     return " ".join((*_damage(report), *memory))
 
 
@@ -65,8 +65,10 @@ def uncapitalized(sentence: str) -> str:
     return sentence[:1].lower() + sentence[1:] if sentence[1:2].islower() or sentence[1:2] == " " else sentence
 
 
-def _memory(items: list[VerdictItem]) -> Iterator[str]:
+def _memory(report: Report, items: list[VerdictItem]) -> Iterator[str]:
     first = items[0]
+    if report.heap is None:
+        yield "No heap of glibc's malloc was found in this core."
     if first.of_resident_low is not None and first.of_resident_high is not None:
         in_memory = format_bounds(first.of_resident_low, first.of_resident_high)
         of_which = f", of which {in_memory} were in memory or swapped out" if first.of_resident_high else ""

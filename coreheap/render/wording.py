@@ -288,8 +288,6 @@ def _capital(text: str) -> str:
 
 
 def _other_allocator(shown: _Shown) -> str:
-    if shown["allocator"] == "unknown":
-        return "No heap of glibc's malloc was found in this core."
     name = shown["allocator"]
     if shown["glibc_heap_nearly_empty"] == "true":
         if shown.has("allocator_bytes"):

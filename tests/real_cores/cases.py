@@ -220,6 +220,15 @@ def _damage_cases() -> Iterator[Case]:
 
 def _other_allocator_cases() -> Iterator[Case]:
     yield Case("no_glibc_heap", "no_heap", log_bytes=0, support=())
+    for mib in (0, 30):
+        flags = ("-static", "-nostdlib", "-fno-stack-protector", f"-DMIB={mib}")
+        yield Case(
+            f"no_libc@{mib}",
+            "no_libc",
+            linking=Linking(f"no-libc-{mib}", flags, is_static=True),
+            log_bytes=0,
+            support=(),
+        )
     mix = ("threads=5", "gone=6", "steps=5000", "seed=161")
     for name, library, package in (
         ("jemalloc", "libjemalloc.so.2", "libjemalloc2"),
@@ -384,6 +393,7 @@ EXCLUSIONS = (
     Exclusion("refilled", "*", "about what malloc leaves in free chunks, which is alike in all releases"),
     Exclusion("neighbours", "*", "about the kernel's mappings: nothing differs by release"),
     Exclusion("like_nodes", "*", "about references alone: nothing differs by release"),
+    Exclusion("no_libc*", "*", "no libc: nothing differs by release"),
     Exclusion("no_glibc_heap", "*", "malloc is never called: no heap to compare"),
     Exclusion("long_lists@slow", "*", "for measurements alone; nothing of it differs by release"),
     Exclusion("containers", "bullseye-*", "libstdc++ is this machine's and needs a newer libc"),

@@ -64,6 +64,8 @@ EXPECTED = {
     "other_allocator_mimalloc": {OTHER},
     "other_allocator_musl": {OTHER},
     "no_glibc_heap": set(),
+    "no_libc@0": set(),
+    "no_libc@30": set(),
     "threads_kept@filter_nothing": {PARTIAL},
 }
 MIB = 1 << 20

@@ -159,6 +159,15 @@ def assert_glibc_has_next_to_nothing(report: Report) -> None:
         assert report.anomalies == ()
 
 
+def test_bytes_in_memory_are_no_more_than_the_part_has(ran: Callable[..., Looked]) -> None:
+    """mimalloc's segments are partly reserved alone."""
+    report = ran("mimalloc", preload="libmimalloc.so.2", package="libmimalloc2.0").report
+    item = next(item for item in report.verdict if item.topic == "other_allocator")
+    assert item.resident_low is not None
+    assert item.resident_high is not None
+    assert 16 * MIB < item.resident_low <= item.resident_high <= item.bytes
+
+
 def test_jemalloc(ran: Callable[..., Looked]) -> None:
     looked = ran("jemalloc", preload="libjemalloc.so.2", package="libjemalloc2")
     finding = looked.finding()
@@ -306,6 +315,22 @@ os.abort()
 """
 
 
+LINKED_WITH_PYTHON = """
+#include <stdlib.h>
+#include <string.h>
+extern const char *Py_GetVersion(void);
+const char *volatile version;
+void *kept[3000];
+int main(void)
+{
+    for (int i = 0; i < 3000; i++)
+        memset(kept[i] = malloc(500), 1, 500);
+    version = Py_GetVersion();
+    abort();
+}
+"""
+
+
 def test_arenas_of_python(tmp_path: Path, require_cores: None) -> None:
     try:
         python = real_programs.tool("python3", "python3")
@@ -324,6 +349,33 @@ def test_arenas_of_python(tmp_path: Path, require_cores: None) -> None:
     assert looked.only_anonymous("pymalloc")
     # Its malloc is glibc's all the same.
     assert looked.report.totals[ChunkState.IN_USE].chunk_bytes > MIB
+
+
+@pytest.mark.parametrize("how", ["linked", "without_pymalloc"])
+def test_python_that_has_no_arenas(tmp_path: Path, require_cores: None, how: str) -> None:
+    """A program that is linked with Python and never starts it, as vim is; and Python that asks malloc for all."""
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONMALLOC": "malloc"}
+    try:
+        if how == "linked":
+            libraries = sorted(LIBRARIES.glob("libpython3*.so.1.0"))
+            if not libraries:
+                skip_unless_ci("no libpython3: apt-get install libpython3.11")
+            (tmp_path / "linked.c").write_text(LINKED_WITH_PYTHON)
+            command = [real_programs.tool("gcc", "gcc"), "-o", "linked", "linked.c", str(libraries[-1])]
+            subprocess.run(command, cwd=tmp_path, check=True)
+            command = ["./linked"]
+        else:
+            command = [real_programs.tool("python3", "python3"), "-S", "-B", "-c", PYTHON_WORK]
+    except real_programs.CannotRun as problem:
+        skip_unless_ci(str(problem))
+    run = ["prlimit", "--core=unlimited", "--", *command]
+    ended = subprocess.run(run, cwd=tmp_path, env=environment, check=False, timeout=SECONDS)
+    assert ended.returncode == -signal.SIGABRT
+    (tmp_path / "maps").touch()
+    report = looked_at(tmp_path).report
+    assert report.other_allocators == ()
+    assert [finding for finding in report.findings if finding.code == "OTHER-ALLOCATOR"] == []
+    assert report.totals[ChunkState.IN_USE].chunk_bytes > MIB
 
 
 def test_a_go_program(tmp_path: Path, require_cores: None) -> None:

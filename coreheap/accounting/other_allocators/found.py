@@ -46,6 +46,8 @@ class OtherAllocator:
     replaces_malloc: bool
     evidence: tuple[Evidence, ...]
     ranges: tuple[Ranges, ...] = ()
+    is_searched: bool = False
+    """Whether its memory was looked for in a core that holds all that it could be in: then no ranges speak against it."""
 
     @property
     def bytes(self) -> int:

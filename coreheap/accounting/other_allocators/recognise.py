@@ -17,6 +17,8 @@ from coreheap.accounting.other_allocators.memory import AnonymousMemory
 from coreheap.corefile import Core, Module
 from coreheap.corefile.dumped_symbols import DumpedSymbols
 from coreheap.corefile.elf import PT_NOTE
+from coreheap.corefile.kinds import WRITE
+from coreheap.corefile.regions import Backing
 from coreheap.corefile.relocations import MemoryImage
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Evidence, Strength
@@ -46,6 +48,7 @@ def other_allocator_claims(core: Core, claims: Claims) -> None:
 
 
 def _recognise(core: Core, anonymous: AnonymousMemory) -> Iterator[OtherAllocator]:
+    can_tell = _has_all_memory(core)
     modules = [module for module in core.modules if not module.path.startswith("[")][:MODULE_LIMIT]
     for known in KNOWN_ALLOCATORS:
         signs = [(module, tuple(_signs(core, known, module))) for module in modules]
@@ -64,10 +67,27 @@ def _recognise(core: Core, anonymous: AnonymousMemory) -> Iterator[OtherAllocato
         if brings is None:
             continue
         module, evidence = brings
+        is_searched = known.ranges is not None and can_tell
         if not found and not (_is_by_path(known, module) or (evidence and known.symbols_suffice)):
             continue
+        if not found and is_searched and not known.replaces_malloc:
+            # A run time that is linked in and was never started has no memory of its own.
+            continue
         evidence += tuple(fact for ranges in found if not ranges.is_estimate for fact in ranges.evidence)
-        yield OtherAllocator(known.name, module.name, module.start, known.replaces_malloc, evidence, found)
+        yield OtherAllocator(known.name, module.name, module.start, known.replaces_malloc, evidence, found, is_searched)
+
+
+def _has_all_memory(core: Core) -> bool:
+    """Whether what is not found in a core was not there. The structures that are known are those of 64-bit processes.
+
+    The kernel leaves out whole mappings that were never written, besides what coredump_filter and MADV_DONTDUMP say; another
+    writer leaves out what it likes.
+    """
+    memory = core.memory
+    anonymous = (memory.region_flags & WRITE != 0) & (memory.region_file_index < 0)
+    if core.word_bytes != 8 or core.truncated or not (memory.region_backing[anonymous] == Backing.SAVED).any():
+        return False
+    return core.made_by == "kernel" or not memory.writable_bytes_not_saved()
 
 
 def _is_by_path(known: KnownAllocator, module: Module) -> bool:

@@ -30,11 +30,15 @@ FIRST_RECORD_OF_AARCH64 = 0x210 << 32 | 0x46508001
 
 @dataclass(frozen=True, slots=True)
 class Interruption:
-    """Registers of the moment that a signal came, by name as in ``Thread.registers``; only those that are asked for here."""
+    """Registers of the moment that a signal came, by name as in ``Thread.registers``; only those that are asked for here.
+
+    ``words`` is all that the kernel saved of them, without names.
+    """
 
     stack_pointer: int
     program_counter: int
     registers: dict[str, int]
+    words: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,8 @@ def interruptions(core: Core, thread: Thread) -> tuple[Interruption, ...]:
     for row in np.flatnonzero(fits)[:MOST_FRAMES].tolist():
         pointer, counter = (int(words[row + place]) for place in (context.stack_pointer, context.program_counter))
         registers = {name: int(words[row + place]) for name, place in context.registers.items()}
-        found.append(Interruption(pointer, counter, registers))
+        saved = tuple(words[row : row + context.word_count].tolist())
+        found.append(Interruption(pointer, counter, registers, saved))
     return tuple(found)
 
 

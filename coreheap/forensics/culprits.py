@@ -9,6 +9,7 @@ the next one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from coreheap.damage import DamagedPlace, DamageKind, Pattern, PatternKind, Repair
 from coreheap.evidence import Evidence, Strength
@@ -160,7 +161,10 @@ class HeaderReader:
         around = self.patterns.around(place + low, high - low)
         whole = self.patterns.around(place, self.word)
         is_small = expected is not None and expected >> 8 == 0
-        if low == 0 and (high > 1 or is_small):
+        goes_through = (
+            high == self.word and whole.kind in (PatternKind.TEXT, PatternKind.FILL_BYTE) and whole.before > 0
+        )
+        if (low == 0 and (high > 1 or is_small)) or goes_through:
             # Bytes that happen to be right are foreign as well.
             around = whole
         told = Told(
@@ -185,7 +189,9 @@ class HeaderReader:
             reach += around.behind
             told.extent = AddressRange(place + low, place + reach)
             told.pattern = around.pattern(reach - low)
-        self._attribute(told, around, header, chunk, before, low, high, footer_differs)
+        begins = place - around.before if around is whole or low == 0 else place + low
+        first = 0 if around is whole else low
+        self._attribute(told, around, header, chunk, before, first, high, footer_differs, begins)
         if told.kind is DamageKind.OVERFLOW and low == 0 and high == 1 and is_small and around.before <= self.word:
             told.doubt("the size is so small that a whole word may have been written, from either side")
         return told
@@ -205,8 +211,9 @@ class HeaderReader:
         low: int,
         high: int,
         footer_differs: bool,
+        begins: int,
     ) -> None:
-        """Say who wrote, by where the same kind of bytes begins and ends."""
+        """Say who wrote, by where the same kind of bytes begins and ends; ``begins`` is the first of them."""
         place, word = header + self.word, self.word
         state = self.places.state(before) if before is not None else None
         from_before = around.before if low == 0 else 0
@@ -214,7 +221,22 @@ class HeaderReader:
         if before is None:
             self._without_a_chunk_before(told, chunk)
             return
-        if state in FREED_STATES:
+        links_end = self._end_of_whole_links(before) if state is ChunkState.TCACHE else None
+        if links_end is not None and begins <= links_end and around.kind is not PatternKind.ZEROS:
+            # free keeps its links at the start of a block: over these bytes, so it came later.
+            told.kind, told.culprit = DamageKind.OVERFLOW, before
+            told.hold(
+                "the foreign bytes begin just behind the links that free wrote into the block: it was written past its end"
+                " before it was freed",
+                Strength.SOLID,
+                links_end,
+            )
+            return
+        if links_end is not None:
+            told.doubt(
+                "the block before it is free by now: it may have been written to after that, behind malloc's links"
+            )
+        elif state in FREED_STATES:
             if footer_differs or from_before > word:
                 told.kind, told.culprit = DamageKind.USE_AFTER_FREE, before
                 told.doubt("the block before it is free: it may have been written to while it was in use")
@@ -258,6 +280,24 @@ class HeaderReader:
             is_free = chunk is not None and self.places.state(chunk) in FREED_STATES
             if not (is_free and around.behind):
                 told.doubt("a write that began just before the start of the damaged block would look the same")
+
+    def _end_of_whole_links(self, chunk: int) -> int | None:
+        """Where the words end that free wrote into a cached block; None where one of them was written over since.
+
+        A tcache takes a block without a look at the next header (tcache_put, 2.26-2.44): so that may have been damaged before.
+        """
+        payload = self.places.extent(chunk)[0] + self.places.header_bytes
+        # From 2.34 on the key is a random word; with few cached blocks nothing else tells it.
+        second = self.patterns.around(payload + self.word, self.word)
+        has_key = self.places.word(payload + self.word) in self.patterns.keys or second.kind is PatternKind.OTHER
+        end = payload + (2 if has_key else 1) * self.word
+        return None if any(payload <= word < end for word in self._wrong_words) else end
+
+    @cached_property
+    def _wrong_words(self) -> frozenset[int]:
+        """Words that some contradiction is about."""
+        words = (anomaly.word_address for anomaly in self.places.heap.anomalies)
+        return frozenset(word for word in words if word is not None)
 
     def _without_a_chunk_before(self, told: Told, chunk: int | None) -> None:
         if chunk is None or _is_top(self.places, chunk):

@@ -45,10 +45,8 @@ GRAVITY = {
 FLAGS_OF_A_STATE = frozenset({"arena_flag_mismatch"})
 """Codes that a chunk gets by its state; where a list says that the state is another one, nothing is wrong with the chunk."""
 
-NO_FOREIGN_WORD = frozenset(
-    {"free_unlisted", "tcache_count_too_high", "tcache_entry_without_count", "list_count_mismatch"}
-)
-"""Codes of what is not done yet, or counted yet, though every word is one that malloc wrote."""
+FREED_WRONGLY = (DamageKind.DOUBLE_FREE, DamageKind.INVALID_FREE)
+"""What no operation of malloc leaves by itself."""
 
 MALLOCS_OWN_VALUES = (PatternKind.POINTER, PatternKind.ZEROS, PatternKind.ONE_BIT)
 """What malloc itself stores: only these can be a moment's state."""
@@ -158,12 +156,9 @@ def _damage(places: Places, told: Told, suspicion: Suspicion) -> Damage:
         evidence.append(Evidence(reason, "state of the threads", weight, speaks_against=True))
         weakened.append(reason)
         is_malloc_like = told.pattern is None or told.pattern.kind in MALLOCS_OWN_VALUES
-        is_malloc_like |= is_of_the_moment and suspicion.codes <= NO_FOREIGN_WORD
-        if (
-            (locked or is_of_the_moment)
-            and is_malloc_like
-            and kind in (DamageKind.OVERWRITE, DamageKind.USE_AFTER_FREE)
-        ):
+        left_by_the_dead = locked and is_malloc_like and kind in (DamageKind.OVERWRITE, DamageKind.USE_AFTER_FREE)
+        # What a word holds that malloc is about to write is of no meaning: old content of whatever kind.
+        if left_by_the_dead or (is_of_the_moment and kind not in FREED_WRONGLY):
             kind = DamageKind.IN_TRANSITION
     victim = places.place(told.victim) if told.victim is not None else None
     culprit = places.place(told.culprit) if told.culprit is not None else None

@@ -2,7 +2,7 @@
 
 Data. Knows which kinds the program `damage` has and where each is possible; what a report has to say of them is in
 test_damage_kinds.py. Names: `damaged_KIND@WHERE`, `undamaged_KIND@WHERE`, `met_KIND@WHERE` (the next operation of malloc met
-the damage, and the process died there); those of the matrix with `TARGET/` before.
+the damage, and the process died there), `early_free_WHAT`; those of the matrix with `TARGET/` before.
 """
 
 from __future__ import annotations
@@ -108,6 +108,11 @@ KINDS = (
     "mp_n_mmaps",
     "mp_n_mmaps_absurd",
     "mp_mmap_threshold",
+    "overflow_then_freed",
+    "overflow_fill_then_freed",
+    "overflow_letters",
+    "overflow_same_letter",
+    "overflow_nul",
 )
 ONLY_MAIN = frozenset(("mp_n_mmaps", "mp_n_mmaps_absurd", "mp_mmap_threshold"))
 """There is one mp_."""
@@ -131,6 +136,9 @@ MET: Mapping[str, str] = {
     "overflow_word": "SIGABRT",
     "overflow_text": "SIGABRT",
     "overflow_fill": "SIGABRT",
+    "overflow_then_freed": "SIGABRT",
+    "overflow_letters": "SIGSEGV",
+    "overflow_nul": "SIGSEGV",
     "overflow_into_free": "SIGABRT",
     "overflow_into_cached": "SIGABRT",
     "overflow_into_top": "SIGABRT",
@@ -154,9 +162,16 @@ MET: Mapping[str, str] = {
     "mmapped_overflow": "SIGABRT",
 }
 
+MET_IN_MAIN = frozenset(("overflow_nul",))
+"""In a thread's arena the size word lost its flag as well: free says something else there."""
+
 MATRIX_KINDS = (
     "overflow_byte_zero@main",
     "overflow_text@thread",
+    "overflow_then_freed@main",
+    "overflow_letters@thread",
+    "overflow_same_letter@main",
+    "overflow_nul@main",
     "overflow_into_top@main",
     "overflow_into_cached@thread",
     "underflow_word@main",
@@ -208,8 +223,20 @@ def _all_cases() -> Iterator[Case]:
         for where in wheres(kind):
             yield _case(kind, where, "damaged")
             yield _case(kind, where, "undamaged")
-            if kind in MET:
+            if kind in MET and (where == "main" or kind not in MET_IN_MAIN):
                 yield _case(kind, where, "met")
+
+
+EARLY = ("global", "stack", "chunk")
+"""What early_free frees before malloc was called. The recorder would allocate first, so there is none."""
+
+
+def _early_cases() -> Iterator[Case]:
+    for what in EARLY:
+        case = Case(f"early_free_{what}", "early_free", (f"what={what}",), log_bytes=0, support=())
+        yield case
+        for target in MATRIX_TARGETS.values():
+            yield replace(case, name=f"{target.name}/{case.name}", target=target)
 
 
 def _matrix_cases() -> Iterator[Case]:
@@ -223,5 +250,5 @@ def _matrix_cases() -> Iterator[Case]:
 
 
 WITHOUT_FASTBINS = ("forky", "experimental")
-DAMAGE: Mapping[str, Case] = {case.name: case for case in (*_all_cases(), *_matrix_cases())}
+DAMAGE: Mapping[str, Case] = {case.name: case for case in (*_all_cases(), *_early_cases(), *_matrix_cases())}
 """By name; those of the matrix by "TARGET/NAME"."""

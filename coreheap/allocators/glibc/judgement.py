@@ -14,17 +14,46 @@ import numpy as np
 from coreheap.allocators.glibc.arenas import ArenaFacts
 from coreheap.allocators.glibc.identify import Identification
 from coreheap.allocators.glibc.messages import RULES, UNKNOWN_RULE, Moment, message_for
+from coreheap.allocators.glibc.standing import SIGABRT, Standing, Standings, touched
 from coreheap.allocators.glibc.structures import FLAGS, IS_MMAPPED, NON_MAIN_ARENA, PREV_INUSE
 from coreheap.corefile import Core
-from coreheap.corefile.interruptions import Interruption, interruptions
-from coreheap.corefile.threads import Thread
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Anomaly, Confidence
 from coreheap.kernels import ChunkIndex, ChunkState, WalkAnomaly, chunk_extents
 
-SIGABRT = 6
-SIGNALS_OF_FAULTS = frozenset((4, SIGABRT, 7, 8, 11))
-"""SIGILL, SIGABRT, SIGBUS, SIGFPE, SIGSEGV."""
+NO_SUSPECTS, DEAD_SUSPECTS, LIVING_SUSPECTS = "none", "died there", "living"
+
+WRITTEN_TOGETHER = frozenset(
+    {
+        "broken_chunk",
+        "size_leads_into_a_chunk",
+        "prev_size_mismatch",
+        "arena_flag_mismatch",
+        "top_size_mismatch",
+        "top_damaged",
+        "top_not_at_end_of_brk",
+        "free_before_top",
+    }
+)
+"""Codes of sizes and flags, which malloc writes when all its checks are done."""
+
+OF_THE_ARENA = frozenset(
+    {
+        "top_size_mismatch",
+        "top_damaged",
+        "top_not_at_end_of_brk",
+        "top_not_reached",
+        "free_before_top",
+        "more_than_system_mem",
+        "marker_without_fencepost",
+        "sub_heap_not_linked",
+        "heap_info_damaged",
+        "sub_heap_header_damaged",
+        "fencepost_damaged",
+    }
+)
+"""Codes of what malloc changes when it grows or shrinks an arena: it holds the arena then, not always the chunk."""
+
 BELONGS_TO_CHUNK = (ChunkState.UNSORTED_BIN, ChunkState.SMALL_BIN, ChunkState.LARGE_BIN)
 
 WALK_CODES = frozenset({"broken_chunk", "top_not_reached", *(anomaly.name.lower() for anomaly in WalkAnomaly)})
@@ -37,62 +66,36 @@ FLAG_OF_CODE = {
 }
 """The one flag of a size word that is wrong."""
 
-SYSCALLS_OF_MALLOC = {
-    "x86_64": ("orig_rax", frozenset((9, 10, 11, 12, 25, 28))),
-    "i386": ("orig_eax", frozenset((45, 90, 91, 125, 163, 192, 219))),
-}
-"""Where the number of the system call is that a thread is in, and those that malloc makes in the middle of an operation: brk,
-mmap, munmap, mremap, mprotect, madvise (arch/x86/entry/syscalls). aarch64's core does not say which call it is."""
-
-MOST_UNFINISHED_FIRST = (Moment.BETWEEN_STORES, Moment.BETWEEN_STEPS)
-
 NOBODY = -1
 """The thread of a tcache whose thread is not in the core."""
-
-SYSCALL_BYTES = 2
-"""The length of the instruction ``syscall``, which leaves the address behind it in rcx (x86_64)."""
-
-MOST_THREADS = 1 << 12
-"""Threads that are asked where they stand; with more, every moment is possible."""
 
 
 class Judge:
     """Completes anomalies of one process's heap."""
 
-    def __init__(self, core: Core, copies: tuple[Identification, ...], arenas: tuple[ArenaFacts, ...]) -> None:
+    def __init__(
+        self,
+        core: Core,
+        copies: tuple[Identification, ...],
+        arenas: tuple[ArenaFacts, ...],
+        index: ChunkIndex | None = None,
+    ) -> None:
         self.core = core
         self.memory = core.memory
         self.layout = copies[0].layout
         self.release = copies[0].libc_version.release if copies[0].libc_version is not None else None
         self.arenas = arenas
+        self.index = index
+        self.open_arenas: set[int] = set()
+        """Arenas whose unsorted list is broken: malloc may have died of that while it was putting a chunk on it."""
         self._mallocs = [core.module_at(copy.ring.main) for copy in copies if copy.ring.main is not None]
         self.has_one_thread = len(core.threads) <= 1
         self._glibc_stopped_itself = core.process.signal == SIGABRT and not self._has_no_last_words()
 
     @cached_property
-    def _moments(self) -> dict[int, Moment]:
-        """Where threads are in malloc, by their index; asked for only where something contradicts itself."""
-        return {thread.index: self._stands(thread) for thread in self.core.threads[:MOST_THREADS]}
-
-    @cached_property
-    def _between_stores(self) -> set[int]:
-        return {index for index, moment in self._moments.items() if moment is Moment.BETWEEN_STORES}
-
-    @cached_property
-    def _between_steps(self) -> set[int]:
-        return {index for index, moment in self._moments.items() if moment is not Moment.NEVER}
-
-    @property
-    def _died_of_itself(self) -> bool:
-        """Whether what a thread met may have ended the process: then a thread inside malloc may have met the contradiction."""
-        process = self.core.process
-        return process.signal in SIGNALS_OF_FAULTS and process.sender_pid in (None, process.pid)
-
-    @property
-    def _nobody_between_stores(self) -> bool:
-        """glibc stops itself between steps. With nobody else inside malloc, no list is half changed."""
-        is_stopped = self.core.process.signal == SIGABRT and len(self.core.threads) <= MOST_THREADS
-        return is_stopped and not self._between_stores
+    def _standings(self) -> Standings:
+        """Threads inside malloc; asked for only where something contradicts itself."""
+        return Standings(self.core, self._mallocs, self._glibc_stopped_itself)
 
     # What a contradiction means
 
@@ -108,8 +111,8 @@ class Judge:
         facts = self.arenas[anomaly.arena] if anomaly.arena is not None else None
         locked = facts.state.mutex != 0 if facts is not None and facts.state is not None else None
         confidence = min(rule.confidence, anomaly.confidence, key=lambda level: level.rank)
-        is_of_the_moment = self._may_be_of_the_moment(moment or rule.moment, locked, thread, facts is not None)
-        if is_of_the_moment:
+        suspects = self._suspects(anomaly, moment or rule.moment, locked, thread)
+        if suspects is not NO_SUSPECTS:
             confidence = min(confidence, Confidence.PLAUSIBLE, key=lambda level: level.rank)
         message = anomaly.message or message_for(anomaly.code, place, self.layout.generation, self.release)
         return replace(
@@ -117,63 +120,79 @@ class Judge:
             message=message,
             arena_locked=locked,
             confidence=confidence,
-            may_be_of_the_moment=is_of_the_moment and (thread == NOBODY or not self._died_of_itself),
+            may_be_of_the_moment=suspects is LIVING_SUSPECTS,
         )
 
-    def _may_be_of_the_moment(self, moment: Moment, locked: bool | None, thread: int | None, is_of_arena: bool) -> bool:
-        """Whether malloc itself may have left a contradiction of a kind, as far as locks and threads tell."""
+    def _suspects(self, anomaly: Anomaly, moment: Moment, locked: bool | None, thread: int | None) -> str:
+        """Whether threads inside malloc may have left a contradiction for a moment: none, one that died there, or others."""
         if moment is Moment.NEVER:
-            return False
+            return NO_SUSPECTS
         if thread == NOBODY:
             # fork waits for no tcache: the child has those of the parent's other threads as they were just then.
-            return True
-        if moment is Moment.BETWEEN_STORES and self._nobody_between_stores:
-            return False
-        if locked:
-            return True
-        if is_of_arena and not self.has_one_thread:
-            return False
+            return LIVING_SUSPECTS
+        standings = self._standings
+        if not standings.are_all_known:
+            return LIVING_SUSPECTS
+        if thread is None and anomaly.arena is not None:
+            if not locked and not self.has_one_thread:
+                return NO_SUSPECTS
+            if locked and not standings.inside:
+                # Somebody has the lock whom the core does not show inside.
+                return LIVING_SUSPECTS
         # With one thread malloc takes no lock (2.26 on), and nothing ever locks a tcache or mp_'s counters.
-        busy = self._between_stores if moment is Moment.BETWEEN_STORES else self._between_steps
-        aborting = moment is Moment.BETWEEN_STEPS and self._glibc_stopped_itself
+        suspects = [standing for standing in standings.inside if standing.covers(moment)]
         if thread is not None:
-            return thread in busy or (aborting and thread == 0)
-        return bool(busy) or aborting or len(self.core.threads) > MOST_THREADS
+            suspects = [standing for standing in suspects if standing.thread == thread]
+        elif anomaly.arena is not None:
+            places = self._places_of(anomaly)
+            suspects = [
+                standing
+                for standing in suspects
+                if self._may_write(standing, anomaly) and (not places or touched(standing, places))
+            ]
+        if not suspects:
+            return NO_SUSPECTS
+        return DEAD_SUSPECTS if all(standing.died_here for standing in suspects) else LIVING_SUSPECTS
 
-    def _stands(self, thread: Thread) -> Moment:
-        """Where a thread may be in malloc: outside, between two steps (in a system call), or anywhere.
+    def _may_write(self, standing: Standing, anomaly: Anomaly) -> bool:
+        """Whether malloc could have been between the stores of a contradiction when what it met ended the process.
 
-        A signal handler may have come in the middle of it, too.
+        It stops, and follows pointers, before it writes sizes; only a broken unsorted list is met in between (_int_free,
+        malloc_consolidate, 2.12-2.44).
         """
-        moments = [self._stood(frame) for frame in interruptions(self.core, thread)]
-        moments.append(self._stands_now(thread))
-        return next((moment for moment in MOST_UNFINISHED_FIRST if moment in moments), Moment.NEVER)
+        return not standing.died_here or anomaly.code not in WRITTEN_TOGETHER or anomaly.arena in self.open_arenas
 
-    def _is_in_malloc(self, program_counter: int) -> bool:
-        module = self.core.module_at(program_counter)
-        return module is not None and any(module is other for other in self._mallocs)
+    def _places_of(self, anomaly: Anomaly) -> set[int]:
+        """Addresses of which malloc must hold one to leave a contradiction: of its chunk, of neighbours, of the arena."""
+        words = {
+            anomaly.address,
+            anomaly.header_address,
+            anomaly.word_address,
+            anomaly.observed_word,
+            anomaly.expected_word,
+        }
+        places = {word for word in words if word}
+        facts = self.arenas[anomaly.arena] if anomaly.arena is not None else None
+        state = facts.state if facts is not None else None
+        if state is not None:
+            end = state.address + self.layout.state.byte_count
+            if anomaly.code in OF_THE_ARENA or any(state.address <= word < end for word in places):
+                places.update(range(state.address, end, self.memory.word_bytes))
+        if self.index is None:
+            return places
+        for word in tuple(places):
+            for chunk in self._chunks_around(word):
+                header = int(chunk_extents(self.index, np.array([chunk], np.int64))[0][0])
+                places.update((header, header + 2 * self.memory.word_bytes))
+        return places
 
-    def _stood(self, frame: Interruption) -> Moment:
-        """Where a thread was in malloc when a signal interrupted it."""
-        if not self._is_in_malloc(frame.program_counter):
-            return Moment.NEVER
-        behind = frame.registers.get("rcx", 0) - frame.program_counter
-        if behind not in (0, SYSCALL_BYTES):
-            return Moment.BETWEEN_STORES
-        # In a system call. Those of malloc are not restarted, and work on pages: the first argument, or what mmap returned.
-        page = self.core.page_bytes
-        place = frame.registers.get("rdi") or frame.registers.get("rax", 0)
-        is_call_of_malloc = behind == 0 and place >= page and place % page == 0
-        return Moment.BETWEEN_STEPS if is_call_of_malloc else Moment.NEVER
-
-    def _stands_now(self, thread: Thread) -> Moment:
-        if not self._is_in_malloc(thread.program_counter):
-            return Moment.NEVER
-        name, calls = SYSCALLS_OF_MALLOC.get(self.core.machine, ("", frozenset()))
-        number = thread.registers.get(name)
-        if number is None or number >= 1 << 31:
-            return Moment.BETWEEN_STORES
-        return Moment.BETWEEN_STEPS if number in calls else Moment.NEVER
+    def _chunks_around(self, address: int) -> range:
+        """The chunk that holds an address, and its neighbours."""
+        assert self.index is not None
+        chunk = self.index.chunk_containing(address)
+        if chunk < 0:
+            return range(0)
+        return range(max(0, chunk - 1), min(chunk + 2, self.index.region_chunks))
 
     def _has_no_last_words(self) -> bool:
         """Whether __abort_msg is known to be empty: then it was the program that aborted, not glibc (2.14-2.44)."""

@@ -380,6 +380,8 @@ class Overlay:
                 address, observed = columns.sentinel[row], f"fd {format_address(columns.heads[row])}"
             anomaly = Anomaly(code_name, address, f"{where}: {expected}", f"{observed}{source}", arena)
             anomaly = self._with_words(anomaly, error, columns, outcome, row, position, place, wanted)
+            if columns.state[row] == ChunkState.UNSORTED_BIN and arena is not None:
+                self.judge.open_arenas.add(arena)
             counted = columns.expected[row]
             if (
                 error is ListError.COUNT_MISMATCH

@@ -30,8 +30,8 @@ def arena_score(memory: AddressSpace, state: ArenaState, layout: Layout) -> floa
     word_class = layout.word_class
     flags_allowed = 0b111 if layout.generation.flags_hold_fastchunks else 0b010
     if state.is_unused:
-        checks = [state.next == state.address, not state.bins.any(), not state.fastbins.any()]
-        return sum(checks) / len(checks) if all(checks) else 0.0
+        is_empty = not state.bins.any() and not state.fastbins.any()
+        return float(is_empty and _leads_on_unused(memory, state, layout))
     first_bin = layout.bin_header(state.address, 1)
     header = np.uint64(first_bin) + np.arange(BIN_COUNT, dtype=np.uint64) * np.uint64(word_class.header_bytes)
     phase = np.uint64(word_class.granule_phase)
@@ -60,6 +60,20 @@ def arena_score(memory: AddressSpace, state: ArenaState, layout: Layout) -> floa
         state.next != 0 and next_mapped,
     ]
     return 0.5 * bins_share + 0.5 * sum(checks) / len(checks)
+
+
+def _leads_on_unused(memory: AddressSpace, state: ArenaState, layout: Layout) -> bool:
+    """Whether a main_arena that no malloc has initialised leads to itself, or to the arena of a sub-heap.
+
+    free needs no initialised main_arena: it makes its tcache in an arena of its own, which is linked in (arena.c,
+    arena_get2 and _int_new_arena, 2.26-2.41).
+    """
+    if state.next == state.address:
+        return True
+    try:
+        return memory.read_word(state.next - layout.heap_info_bytes) == state.next
+    except MemoryFault:
+        return False
 
 
 def sampled(members: tuple[int, ...]) -> tuple[int, ...]:

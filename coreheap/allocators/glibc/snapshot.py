@@ -56,7 +56,7 @@ class GlibcAllocator:
             for part in memory.foreign:
                 walker.leave_out(part.arena, part.start, part.end, "foreign_sbrk")
             walk = walker.finish(mmapped.chunks)
-            judge = Judge(core, found, survey.arenas)
+            judge = Judge(core, found, survey.arenas, walk.index)
             overlay = Overlay(core, layout, walk, judge)
             progress("following free lists", 0, None)
             overlay.bins(survey.arenas)

@@ -49,7 +49,7 @@ def arena_score(memory: AddressSpace, state: ArenaState, layout: Layout) -> floa
     empty = int(((fd == header) & (bk == header)).sum())
     bins_share = (empty + linked) / BIN_COUNT
     top_mapped, next_mapped = mapped[-2:].tolist()
-    checks = [
+    checks: list[bool] = [
         state.mutex in (0, 1, 2),
         state.flags & ~flags_allowed == 0,
         state.system_mem <= state.max_system_mem,

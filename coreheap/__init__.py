@@ -7,14 +7,13 @@ first used, so that ``coreheap --help`` answers at once.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
+# Not imported from typing: until the command has a handler for Ctrl-C, every import is a moment without one.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from coreheap.analysis import AnalysisOptions, analyze, analyze_with_references
     from coreheap.corefile import Core
     from coreheap.corefile import open_core as open
-    from coreheap.errors import CoreheapError, InputNotUsable, MemoryFault, UnsupportedCore
+    from coreheap.errors import CoreheapError, FailedHere, InputNotUsable, MemoryFault, UnsupportedCore
     from coreheap.heap import ChunkBatch, ChunkState, ChunkTable, HeapSnapshot
     from coreheap.leak_search import References
     from coreheap.leaks import Explanation, LeakGroup, LeakReport, OwnerNode, RetainedReport, Verdict
@@ -28,6 +27,7 @@ _PLACES = {
     "Core": "coreheap.corefile",
     "CoreheapError": "coreheap.errors",
     "Explanation": "coreheap.leaks",
+    "FailedHere": "coreheap.errors",
     "Finding": "coreheap.report",
     "HeapSnapshot": "coreheap.heap",
     "InputNotUsable": "coreheap.errors",
@@ -54,6 +54,7 @@ __all__ = [
     "Core",
     "CoreheapError",
     "Explanation",
+    "FailedHere",
     "Finding",
     "HeapSnapshot",
     "InputNotUsable",
@@ -76,6 +77,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(_PLACES[name]), {"open": "open_core"}.get(name, name))
 
 

@@ -1,7 +1,12 @@
 """``python -m coreheap``: the same as the ``coreheap`` command."""
 
-import sys
+try:
+    import sys
 
-from coreheap.cli import main
+    from coreheap.cli import main
+except KeyboardInterrupt:
+    from os import _exit
+
+    _exit(130)
 
 sys.exit(main())

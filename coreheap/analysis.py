@@ -19,6 +19,7 @@ from coreheap.checks import CHECKS, Case
 from coreheap.corefile import Core
 from coreheap.corefile.stacks import NO_STACKS, find_stacks
 from coreheap.crashes import find_crash
+from coreheap.errors import failure_here
 from coreheap.evidence import Gap
 from coreheap.forensics import DamageSurvey, find_damages
 from coreheap.free_memory import FreeMemoryReport
@@ -189,7 +190,9 @@ def _answer(name: str, question: Callable[[], Answer], defects: list[str]) -> An
     """What a part of the analysis answers. One that fails becomes a defect, and the others still run."""
     try:
         return question()
-    except Exception as error:  # noqa: BLE001 - the one broad except: a defect must not cost the report
+    except Exception as error:  # the one broad except: a defect must not cost the report
+        if failure_here(error) is not None:
+            raise
         defects.append(f"{name}: {type(error).__name__}: {error}")
         return None
 

@@ -6,6 +6,9 @@ Does not know: exit codes, colours, or how a message is printed (``cli`` does th
 
 from __future__ import annotations
 
+import errno
+import os
+
 from coreheap.quantities import format_address
 
 
@@ -52,6 +55,10 @@ class UnsupportedCore(InputNotUsable):
     """A well-formed core of a kind that coreheap does not analyse (byte order, machine)."""
 
 
+class FailedHere(CoreheapError):
+    """This machine lacks what the work takes (room, memory, open files, a package); elsewhere the same input may do."""
+
+
 class OutputNotWritten(CoreheapError):
     """The result could not be written; nothing half-written is left behind."""
 
@@ -72,3 +79,55 @@ class MemoryFault(CoreheapError):
         )
         self.address = address
         self.cause = cause
+
+
+_LACKING: dict[int, tuple[str, str]] = {
+    errno.ENOMEM: (
+        "memory",
+        "raise ulimit -v or the container's limit, try --low-memory or --no-leaks, or a machine with more memory",
+    ),
+    errno.EMFILE: ("open files", "raise ulimit -n, or close other files of this process"),
+    errno.ENFILE: ("open files", "raise fs.file-max, or try again when other programs have ended"),
+    errno.ENOSPC: ("room on a disk", "make room, or set TMPDIR to a folder on a larger disk"),
+    errno.EDQUOT: ("room in the disk quota", "make room, or set TMPDIR to a folder on another disk"),
+    errno.EROFS: ("a folder that can be written to", "set TMPDIR to a folder that you may write to"),
+}
+"""errno -> what a machine lacks that answers with it, and what helps."""
+_LOADER_WORDS = {
+    "failed to map segment": errno.ENOMEM,
+    "cannot allocate memory": errno.ENOMEM,
+    "too many open files": errno.EMFILE,
+}
+"""Words of ld.so (elf/dl-load.c), which Python hands on as ImportError without a number, in lower case."""
+_DEEPEST_CAUSE = 8
+
+
+def failure_here(error: BaseException, where: str = "") -> FailedHere | None:
+    """The failure of this machine that an exception, or what led to it, tells of; None where it is none."""
+    cause: BaseException | None = error
+    for _ in range(_DEEPEST_CAUSE):
+        if cause is None:
+            return None
+        number = _errno_of(cause)
+        if number in _LACKING:
+            lacking, next_step = _LACKING[number]
+            return FailedHere(
+                f"this machine lacks {lacking}",
+                where=where,
+                expected="an analysis within this machine's limits",
+                found=os.strerror(number).lower(),
+                next_step=next_step,
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _errno_of(error: BaseException) -> int | None:
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if isinstance(error, OSError):
+        return error.errno
+    if isinstance(error, ImportError):
+        said = str(error).lower()
+        return next((number for words, number in _LOADER_WORDS.items() if words in said), None)
+    return None

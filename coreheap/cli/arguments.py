@@ -138,6 +138,7 @@ class Request:
     sysroot: str | None = None
     debug_directories: tuple[str, ...] = ()
     debuginfod: bool = False
+    max_unpacked: int | None = None
     top: int | None = None
     fail_on: str | None = None
     strict: bool = False
@@ -166,6 +167,7 @@ _EXIT_CODES = (
     "  3   the input is not usable",
     "  4   a partial result, under --strict",
     "  70  a defect of coreheap",
+    "  75  this machine lacks room, memory or files: try again elsewhere",
 )
 
 
@@ -220,6 +222,7 @@ def parse_arguments(words: Sequence[str]) -> Request:
         sysroot=spoken.sysroot,
         debug_directories=tuple(spoken.debug_dir),
         debuginfod=spoken.debuginfod,
+        max_unpacked=spoken.max_unpacked,
         top=spoken.top,
         fail_on=getattr(spoken, "fail_on", None),
         strict=spoken.strict,
@@ -324,6 +327,13 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         result.add_argument("--fail-on", choices=SEVERITIES, help="exit with 1 when a finding is at least this severe")
     result.add_argument("--strict", action="store_true", help="exit with 4 when the result is partial")
     files = parser.add_argument_group("files of the dumped process")
+    files.add_argument(
+        "--max-unpacked",
+        metavar="SIZE",
+        type=_worded(parse_bytes),
+        help="bytes that a compressed core may unpack to: 500M, 20GiB (1 GiB and 256 times its own size, pages of zeros"
+        " not counted, 1 TiB with them)",
+    )
     files.add_argument("--exe", metavar="FILE", help="the executable that was running")
     files.add_argument("--sysroot", metavar="DIR", help="where the process's libraries are, by their own paths")
     files.add_argument(

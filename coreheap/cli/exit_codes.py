@@ -18,5 +18,7 @@ class ExitCode(IntEnum):
     """A partial result, under ``--strict``."""
     DEFECT = 70
     """A defect of coreheap itself."""
+    FAILED_HERE = 75
+    """This machine lacks room, memory or files; elsewhere the same input may do (EX_TEMPFAIL of sysexits.h)."""
     INTERRUPTED = 130
     """Ended by Ctrl-C, as shells count it."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO, Protocol
 
+from coreheap.cli import signals
 from coreheap.errors import OutputNotWritten, UsageError
 
 
@@ -46,6 +47,11 @@ class _Standard:
         with self._failures_named():
             self._file.flush()
 
+    def give_up(self) -> None:
+        """The document will not be whole: what is buffered is still shown, where it can be."""
+        with suppress(_ReaderGone, OutputNotWritten):
+            self.finish()
+
     @contextmanager
     def _failures_named(self) -> Iterator[None]:
         try:
@@ -71,16 +77,21 @@ class _Standard:
 
 
 class _File:
+    """A descriptor written to without a buffer: what could not be written is known at once, not when the file is closed."""
+
     encoding = "utf-8"
     is_terminal = False
 
-    def __init__(self, file: BinaryIO, path: str) -> None:
-        self._file = file
+    def __init__(self, descriptor: int, path: str) -> None:
+        self._descriptor = descriptor
         self._path = path
 
     def write(self, data: bytes | bytearray) -> None:
+        view = memoryview(data)
         try:
-            self._file.write(data)
+            # A disk that becomes full, a pipe or a signal may end a write early.
+            while view:
+                view = view[os.write(self._descriptor, view) :]
         except OSError as error:
             raise _not_written(self._path, error) from None
 
@@ -119,16 +130,16 @@ def opened_output(path: str | None) -> Iterator[Output]:
         standard = _Standard()
         # Who reads no further (head, a pager that was quit) has what was wanted.
         with suppress(_ReaderGone):
-            yield standard
+            try:
+                yield standard
+            except BaseException:
+                standard.give_up()
+                raise
             standard.finish()
         return
     target = os.path.realpath(path)
-    if _is_special(target):
-        with _written_in_place(target, path) as file:
-            yield _File(file, path)
-    else:
-        with _replaced(target, path) as file:
-            yield _File(file, path)
+    with (_written_in_place if _is_special(target) else _replaced)(target, path) as file:
+        yield file
 
 
 def _is_special(target: str) -> bool:
@@ -137,41 +148,63 @@ def _is_special(target: str) -> bool:
 
 
 @contextmanager
-def _written_in_place(target: str, path: str) -> Iterator[BinaryIO]:
+def _written_in_place(target: str, path: str) -> Iterator[_File]:
     try:
         descriptor = os.open(target, os.O_WRONLY | os.O_CLOEXEC)
     except OSError as error:
         raise _not_written(path, error) from None
-    with os.fdopen(descriptor, "wb", buffering=0) as file:
-        yield file
+    with _closed_at_end(descriptor, path):
+        yield _File(descriptor, path)
 
 
 @contextmanager
-def _replaced(target: str, path: str) -> Iterator[BinaryIO]:
+def _replaced(target: str, path: str) -> Iterator[_File]:
     """A new file beside ``target`` that takes its name at the end, and is removed if the block fails."""
     folder, name = os.path.split(target)
     temporary = os.path.join(folder, f".{name[:64]}.{secrets.token_hex(8)}.part")
+    signals.note_unfinished(temporary)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise _not_written(path, error) from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            # Only a file that is replaced has a mode to keep.
-            with suppress(FileNotFoundError):
-                os.fchmod(descriptor, stat.S_IMODE(os.stat(target).st_mode))
-            yield file
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise _not_written(path, error) from None
+        try:
+            with _closed_at_end(descriptor, path):
+                # Only a file that is replaced has a mode to keep.
+                with suppress(FileNotFoundError):
+                    os.fchmod(descriptor, stat.S_IMODE(os.stat(target).st_mode))
+                yield _File(descriptor, path)
+                try:
+                    os.fsync(descriptor)
+                except OSError as error:
+                    raise _not_written(path, error) from None
             try:
-                file.flush()
-                os.fsync(descriptor)
                 os.replace(temporary, target)
             except OSError as error:
                 raise _not_written(path, error) from None
+        except BaseException:
+            # The error that is on its way says more than that the temporary file stayed.
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+    finally:
+        signals.forget_unfinished(temporary)
+
+
+@contextmanager
+def _closed_at_end(descriptor: int, path: str) -> Iterator[None]:
+    """Some file systems say only at close that there was no room (NFS, quotas): an error like any other of writing."""
+    try:
+        yield
     except BaseException:
-        # The error that is on its way says more than that the temporary file stayed.
+        # The error that is on its way comes first.
         with suppress(OSError):
-            os.unlink(temporary)
+            os.close(descriptor)
         raise
+    try:
+        os.close(descriptor)
+    except OSError as error:
+        raise _not_written(path, error) from None
 
 
 def _not_written(path: str, error: OSError) -> OutputNotWritten:

@@ -85,6 +85,7 @@ def _opened(request: Request, progress: Progress) -> AbstractContextManager[Core
         debug_directories=[Path(directory) for directory in request.debug_directories],
         debuginfod=request.debuginfod,
         progress=progress,
+        unpacked_limit=request.max_unpacked,
     )
 
 

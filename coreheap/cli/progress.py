@@ -11,6 +11,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from coreheap.cli import signals
 from coreheap.render.escaping import printable
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 PATIENCE_SECONDS = 0.5
 """Work that ends sooner shows nothing; importing rich for it would be most of what the user waits for."""
+
+
+LINE_AWAY_CURSOR_BACK = b"\r\x1b[2K\x1b[?25h"
+"""What undoes a progress line: back to its start, erase it, show the cursor that rich hides (ECMA-48, DECTCEM)."""
 
 
 class ProgressReporter:
@@ -47,6 +52,7 @@ class ProgressReporter:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+            signals.note_screen(b"")
 
     def __call__(self, phase: str, done: int, total: int | None) -> None:
         """Called by the analysis as it goes on; cheap when nothing is shown."""
@@ -54,6 +60,7 @@ class ProgressReporter:
             return
         if self._progress is None:
             self._progress = _bar()
+            signals.note_screen(LINE_AWAY_CURSOR_BACK)
             self._progress.start()
         if self._task is None or phase != self._phase:
             if self._task is not None:

@@ -1,45 +1,46 @@
-"""Compressed cores: recognised by their first bytes, unpacked once into a sparse temporary file.
+"""Compressed cores, unpacked once into a sparse temporary file.
 
-Knows: zst, lz4, xz and gz streams, cut or damaged ones too, and how to keep a bomb from filling the
-disk. Does not know: what is inside. zstandard and lz4 are imported only when such a core is opened.
+Knows: how long the core is by its own headers, and how to keep a bomb from filling the disk. Does not know: how a
+stream is read (``streams``), or what the core means.
 """
 
 from __future__ import annotations
 
-import lzma
 import os
 import shutil
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import IO, Any, Final
+from typing import IO, Final
 
 import numpy as np
 
 from coreheap.corefile import elf
-from coreheap.errors import InputNotUsable
+from coreheap.corefile.elf import Bytes
+from coreheap.corefile.image import SEGMENT_LIMIT, core_header, machine_of, promised_count
+from coreheap.corefile.streams import Padding, StreamDamaged, opened_stream
+from coreheap.errors import FailedHere, InputNotUsable
 from coreheap.quantities import GIB, format_bytes
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, how far it is, and the end where it is known."""
 
-MAGICS: Final[tuple[tuple[bytes, str], ...]] = (
-    (b"\x28\xb5\x2f\xfd", "zst"),
-    (b"\x04\x22\x4d\x18", "lz4"),
-    (b"\xfd7zXZ\x00", "xz"),
-    (b"\x1f\x8b\x08", "gz"),
-)
 UNPACKED_LIMIT: Final = 1024 * GIB
 """Bytes a core may unpack to, holes included; a real core has the size of an address space at
 most."""
-_READ_BYTES: Final = 1 << 18
-_BLOCK_BYTES: Final = 1 << 22
+FILLED_BYTES: Final = GIB
+FILLED_RATIO: Final = 256
+"""Bytes other than pages of zeros that a core may unpack to, unless the user says how many: FILLED_BYTES, and
+FILLED_RATIO for each compressed byte. Cores of services shrink to a third, to a thirtieth at most where pages of
+zeros do not count; gz, lz4 cannot reach the ratio by much, zst reaches 32,768 with one byte over and over."""
+_BEYOND_CORE: Final = 1 << 22
+"""Bytes unpacked beyond the core's own end, to see whether the stream ends as it should."""
+_HEAD_BYTES: Final = 512
+"""The ELF header, and the first program headers in all cores that the kernel, gdb or qemu write."""
+_LARGEST_TABLE: Final = 1 << 28
 _PAGE_BYTES: Final = 4096
 _DISK_RESERVE: Final = 256 << 20
-_XZ_MEMORY: Final = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +51,8 @@ class UnpackedCore:
     file_bytes: int
     damage: str
     """"" when the stream was whole, else what was wrong; then the file holds what came before."""
-
-
-class _StreamDamagedError(Exception):
-    """The stream is cut or broken; what came before is good."""
-
-
-def compression_of(head: bytes) -> str | None:
-    """The compression of a file with these first bytes; None for none that is known."""
-    for magic, name in MAGICS:
-        if head.startswith(magic):
-            return name
-    return None
+    padding: Padding
+    """What the compressed file has after its stream."""
 
 
 def unpack(
@@ -70,41 +61,34 @@ def unpack(
     where: str,
     *,
     progress: Progress | None = None,
-    unpacked_limit: int = UNPACKED_LIMIT,
+    unpacked_limit: int | None = None,
     directory: Path | None = None,
 ) -> UnpackedCore:
     """Unpack a core into a sparse temporary file; pages of zeros become holes.
 
-    Raises InputNotUsable when nothing can be unpacked, when the package for it is missing, when the
-    core unpacks to more than ``unpacked_limit`` bytes or when the disk cannot hold it.
+    ``unpacked_limit`` None: UNPACKED_LIMIT with pages of zeros, FILLED_BYTES and FILLED_RATIO without.
+    Raises InputNotUsable when nothing can be unpacked and when the core unpacks to more than is allowed,
+    FailedHere when the package for it is missing or the disk cannot hold it.
     """
     compressed_bytes = os.fstat(file.fileno()).st_size
-    folder = directory or _roomy_directory()
-    blocks = _reader(kind, where)(file)
+    bounds = _Bounds(kind, where, compressed_bytes, unpacked_limit)
+    stream = opened_stream(file, kind, where)
+    folder = directory or _roomy_directory(where)
     temporary = _temporary_file(folder, where)
     damage = ""
-    needed_bytes: int | None = None
     with temporary:
         writer = _SparseWriter(temporary.fileno(), folder, where)
+        length = _CoreLength(kind, where)
         try:
-            for block in blocks:
-                if writer.position == 0:
-                    needed_bytes = _bytes_of_core(block, kind, where)
+            for block in stream.blocks:
                 writer.write(block)
-                if writer.position > unpacked_limit:
-                    raise InputNotUsable(
-                        "the core unpacks to more than is allowed",
-                        where=where,
-                        expected=f"at most {format_bytes(unpacked_limit)}",
-                        found=f"more, from {format_bytes(compressed_bytes)} of {kind}",
-                        next_step="if it is really that large, unpack it by hand and open that",
-                    )
+                length.look(writer, block)
+                bounds.check(writer, length.byte_count)
                 if progress is not None:
                     progress("unpacking", min(file.tell(), compressed_bytes), compressed_bytes)
-                # A little more, to see whether the stream ends as it should.
-                if needed_bytes is not None and writer.position >= needed_bytes + _BLOCK_BYTES:
+                if length.byte_count is not None and writer.position >= length.byte_count + _BEYOND_CORE:
                     break
-        except _StreamDamagedError as error:
+        except StreamDamaged as error:
             damage = str(error)
         writer.finish()
         if writer.position == 0:
@@ -115,14 +99,14 @@ def unpack(
                 found=damage or "an empty stream",
                 next_step="the file is damaged; fetch it again",
             )
-        return UnpackedCore(os.dup(temporary.fileno()), writer.position, damage)
+        return UnpackedCore(os.dup(temporary.fileno()), writer.position, damage, stream.padding)
 
 
 def _temporary_file(folder: Path, where: str) -> IO[bytes]:
     try:
         return tempfile.TemporaryFile(dir=folder, prefix="coreheap-")
     except OSError as error:
-        raise InputNotUsable(
+        raise FailedHere(
             f"the core cannot be unpacked into {folder}",
             where=where,
             expected="a folder for a temporary file",
@@ -131,32 +115,98 @@ def _temporary_file(folder: Path, where: str) -> IO[bytes]:
         ) from None
 
 
-def _bytes_of_core(head: bytes, kind: str, where: str) -> int | None:
-    """How long the core is that begins with ``head``, by its headers; None where they do not tell.
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """How much a core may unpack to."""
 
-    What is behind would be unpacked for nothing. Raises InputNotUsable at once where it is no ELF file: a bomb need not
-    burn down before that is said.
-    """
-    if len(head) >= len(elf.ELF_MAGIC) and not head.startswith(elf.ELF_MAGIC):
-        raise InputNotUsable(
-            f"what the {kind} stream holds is not an ELF core",
-            where=where,
-            expected="the magic bytes 7f 45 4c 46 (ELF) after unpacking",
-            found=head[:8].hex(" "),
-            next_step="give the compressed core itself; an archive (tar, zip) has to be taken apart first",
+    kind: str
+    where: str
+    compressed_bytes: int
+    said: int | None
+    """What the user allows."""
+
+    def check(self, writer: _SparseWriter, core_bytes: int | None) -> None:
+        """Raises InputNotUsable for more than is allowed, be it there or promised by the core's own headers."""
+        limit = UNPACKED_LIMIT if self.said is None else self.said
+        promised = core_bytes or 0 if self.said is not None else 0
+        if max(writer.position, promised) > limit:
+            raise self._too_large(limit, core_bytes, "")
+        # Without a length to trust, zeros are bounded as all else is.
+        counted = writer.filled_bytes if core_bytes is not None else writer.position
+        filled_limit = FILLED_BYTES + FILLED_RATIO * self.compressed_bytes
+        if self.said is None and counted > filled_limit:
+            raise self._too_large(filled_limit, core_bytes, " that are not pages of zeros" if core_bytes else "")
+
+    def _too_large(self, limit: int, core_bytes: int | None, of_what: str) -> InputNotUsable:
+        promise = f"; the core's headers promise {format_bytes(core_bytes)}" if core_bytes is not None else ""
+        wanted = f"{core_bytes}" if core_bytes is not None else "SIZE"
+        return InputNotUsable(
+            "the core unpacks to more than is allowed",
+            where=self.where,
+            expected=f"at most {format_bytes(limit)}{of_what}",
+            found=f"more, from {format_bytes(self.compressed_bytes)} of {self.kind}{promise}",
+            next_step=f"if it is really that large, allow it with --max-unpacked {wanted}, or unpack it by hand and"
+            " open that",
         )
-    header = elf.header_of(head[:64])
-    if header is None or header.kind != elf.ET_CORE or header.program_header_count == elf.PN_XNUM:
-        return None
-    data = np.frombuffer(head, np.uint8)
-    segments = elf.program_headers_of(data, header, header.program_header_count)
-    if len(segments) < header.program_header_count:
-        return None
-    ends: list[int] = [
-        offset + byte_count
-        for offset, byte_count in zip(segments.file_offset.tolist(), segments.file_bytes.tolist(), strict=True)
-    ]
-    return max(*ends, header.program_header_offset, len(head)) if ends else None
+
+
+class _CoreLength:
+    """How long the core is by its own headers, as soon as they are unpacked. What follows would be unpacked for nothing."""
+
+    def __init__(self, kind: str, where: str) -> None:
+        self.byte_count: int | None = None
+        """None as long as the headers were not seen, and where they do not tell."""
+        self._kind = kind
+        self._where = where
+        self._head = b""
+        self._is_known = False
+
+    def look(self, writer: _SparseWriter, block: bytes) -> None:
+        """Called after each block was written.
+
+        Raises InputNotUsable where it is no core: a bomb need not burn down before that is said.
+        """
+        if self._is_known:
+            return
+        if len(self._head) < _HEAD_BYTES:
+            self._head += block[: _HEAD_BYTES - len(self._head)]
+        if len(self._head) < _HEAD_BYTES:
+            return
+        data = np.frombuffer(self._head, np.uint8)
+        header = self._header(data)
+        count, _, _ = promised_count(data, header)
+        table_end = header.program_header_offset + header.program_header_bytes * count
+        # What was not written yet is less than a page.
+        if count > SEGMENT_LIMIT or table_end > _LARGEST_TABLE:
+            self._is_known = True
+        elif writer.position >= table_end + _PAGE_BYTES:
+            self._is_known = True
+            self.byte_count = self._length(writer.written_head(max(table_end, _HEAD_BYTES)), header, count)
+
+    def _header(self, head: Bytes) -> elf.ElfHeader:
+        if head[: len(elf.ELF_MAGIC)].tobytes() != elf.ELF_MAGIC:
+            raise InputNotUsable(
+                f"what the {self._kind} stream holds is not an ELF core",
+                where=self._where,
+                expected="the magic bytes 7f 45 4c 46 (ELF) after unpacking",
+                found=head[:8].tobytes().hex(" "),
+                next_step="give the compressed core itself; an archive (tar, zip) has to be taken apart first",
+            )
+        header = core_header(head, self._where)
+        machine_of(header, self._where)
+        return header
+
+    def _length(self, head: bytes, header: elf.ElfHeader, count: int) -> int | None:
+        segments = elf.program_headers_of(np.frombuffer(head, np.uint8), header, count)
+        is_extended = header.program_header_count == elf.PN_XNUM
+        if len(segments) < count or (is_extended and count == elf.PN_XNUM):
+            return None
+        pairs = zip(segments.file_offset.tolist(), segments.file_bytes.tolist(), strict=True)
+        end = max((offset + byte_count for offset, byte_count in pairs), default=0)
+        if is_extended:
+            # The section header with the real count comes after all segments.
+            end = max(end, header.section_header_offset + header.section_header_bytes)
+        return max(end, header.program_header_offset, len(head))
 
 
 class _SparseWriter:
@@ -164,6 +214,8 @@ class _SparseWriter:
 
     def __init__(self, descriptor: int, folder: Path, where: str) -> None:
         self.position = 0
+        self.filled_bytes = 0
+        """Bytes of pages that are not zeros alone."""
         self._descriptor = descriptor
         self._folder = folder
         self._where = where
@@ -180,10 +232,16 @@ class _SparseWriter:
         filled = np.flatnonzero(pages.any(axis=1))
         if len(filled) == 0:
             return
+        self.filled_bytes += len(filled) * _PAGE_BYTES
         breaks = np.flatnonzero(np.diff(filled) != 1) + 1
         for run in np.split(filled, breaks):
             low, high = int(run[0]) * _PAGE_BYTES, (int(run[-1]) + 1) * _PAGE_BYTES
             self._put(content[low:high], start + low)
+
+    def written_head(self, byte_count: int) -> bytes:
+        """The first bytes, of those that were written already."""
+        # Holes at the end of the file are not there yet.
+        return os.pread(self._descriptor, byte_count, 0).ljust(byte_count, b"\0")
 
     def finish(self) -> None:
         if self._rest:
@@ -205,8 +263,8 @@ class _SparseWriter:
         except OSError as error:
             raise self._disk_full(shutil.disk_usage(self._folder).free) from error
 
-    def _disk_full(self, free: int) -> InputNotUsable:
-        return InputNotUsable(
+    def _disk_full(self, free: int) -> FailedHere:
+        return FailedHere(
             f"no room to unpack the core in {self._folder}",
             where=self._where,
             expected=f"{format_bytes(self.position)} and more",
@@ -215,133 +273,18 @@ class _SparseWriter:
         )
 
 
-def _roomy_directory() -> Path:
+def _roomy_directory(where: str) -> Path:
     """TMPDIR, else /var/tmp, where large files belong (file-hierarchy(7)); /tmp is often memory."""
     for folder in (os.environ.get("TMPDIR"), "/var/tmp"):
         if folder and os.path.isdir(folder) and os.access(folder, os.W_OK):
             return Path(folder)
-    return Path(tempfile.gettempdir())
-
-
-def _reader(kind: str, where: str) -> Callable[[IO[bytes]], Iterator[bytes]]:
-    if kind == "zst":
-        package = _package("zstandard", where)
-        return lambda file: _zst_blocks(file, package)
-    if kind == "lz4":
-        package = _package("lz4.frame", where)
-        return lambda file: _blocks(file, package.LZ4FrameDecompressor, RuntimeError)
-    if kind == "xz":
-        return lambda file: _blocks(file, lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY), lzma.LZMAError)
-    return lambda file: _blocks(file, _GzipMember, zlib.error)
-
-
-def _package(name: str, where: str) -> ModuleType:
     try:
-        return __import__(name, fromlist=["*"])
-    except ImportError:
-        distribution = name.partition(".")[0]
-        raise InputNotUsable(
-            f"the core is compressed and the Python package {distribution} is missing",
+        return Path(tempfile.gettempdir())
+    except OSError:
+        raise FailedHere(
+            "the core is compressed and there is no folder to unpack it into",
             where=where,
-            expected=f"{distribution} to be installed",
-            found="no such package",
-            next_step=f"pip install {distribution}",
+            expected="a folder that can be written to: TMPDIR, /var/tmp or /tmp",
+            found="none",
+            next_step="set TMPDIR to a folder that you may write to, on a disk with room",
         ) from None
-
-
-class _GzipMember:
-    """One gzip member with the interface of lzma.LZMADecompressor."""
-
-    def __init__(self) -> None:
-        self._inner = zlib.decompressobj(wbits=31)
-
-    @property
-    def eof(self) -> bool:
-        return self._inner.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._inner.unused_data
-
-    @property
-    def needs_input(self) -> bool:
-        return not self._inner.unconsumed_tail and not self._inner.eof
-
-    def decompress(self, data: bytes, max_length: int) -> bytes:
-        return self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
-
-
-def _blocks(file: IO[bytes], new_decompressor: Callable[[], Any], error: type[Exception]) -> Iterator[bytes]:
-    """The content of a stream of one or more members, in blocks of bounded size.
-
-    Raises _StreamDamagedError where it is cut or broken.
-    """
-    member, member_fresh = new_decompressor(), False
-    pending, members_done = b"", 0
-    while True:
-        if not pending and member.needs_input:
-            pending = file.read(_READ_BYTES)
-            if not pending:
-                # A last member that got no byte at all was never there.
-                if members_done and member_fresh:
-                    return
-                raise _StreamDamagedError("the stream is cut")
-        try:
-            block = member.decompress(pending, max_length=_BLOCK_BYTES)
-        except (error, EOFError) as problem:
-            # Padding behind the last member (gzip -t: "trailing garbage ignored") is no damage.
-            if members_done and member_fresh:
-                return
-            raise _StreamDamagedError(f"the stream is damaged ({problem})") from problem
-        member_fresh, pending = False, b""
-        if block:
-            yield block
-        if member.eof:
-            pending = (member.unused_data or b"").lstrip(b"\0")
-            member, member_fresh = new_decompressor(), True
-            members_done += 1
-
-
-def _zst_blocks(file: IO[bytes], package: ModuleType) -> Iterator[bytes]:
-    """As ``_blocks``; zstandard's reader bounds its output, but is silent about a cut stream."""
-    whole = zst_frames_are_whole(file)
-    file.seek(0)
-    reader = package.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=False)
-    try:
-        while block := reader.read(_BLOCK_BYTES):
-            yield block
-    except package.ZstdError as problem:
-        raise _StreamDamagedError(f"the stream is damaged ({problem})") from problem
-    if not whole:
-        raise _StreamDamagedError("the stream is cut")
-
-
-def zst_frames_are_whole(file: IO[bytes]) -> bool:
-    """Whether every block of every zstd frame is there, by their headers (RFC 8878, 3.1)."""
-    size = os.fstat(file.fileno()).st_size
-    position = 0
-
-    def at(offset: int, byte_count: int) -> int:
-        file.seek(offset)
-        return int.from_bytes(file.read(byte_count), "little")
-
-    while position + 8 <= size:
-        magic = at(position, 4)
-        if 0x184D2A50 <= magic <= 0x184D2A5F:
-            position += 8 + at(position + 4, 4)
-            continue
-        if magic != 0xFD2FB528:
-            return position > 0
-        descriptor = at(position + 4, 1)
-        single = descriptor >> 5 & 1
-        content_size = (single, 2, 4, 8)[descriptor >> 6]
-        position += 5 + (1 - single) + (0, 1, 2, 4)[descriptor & 3] + content_size
-        while True:
-            if position + 3 > size:
-                return False
-            block = at(position, 3)
-            position += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)
-            if block & 1:
-                break
-        position += 4 if descriptor & 4 else 0
-    return position == size

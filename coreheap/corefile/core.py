@@ -20,13 +20,7 @@ from typing import TYPE_CHECKING, Final, Self
 import numpy as np
 
 from coreheap.corefile import elf
-from coreheap.corefile.compression import (
-    UNPACKED_LIMIT,
-    Progress,
-    UnpackedCore,
-    compression_of,
-    unpack,
-)
+from coreheap.corefile.compression import Progress, UnpackedCore, unpack
 from coreheap.corefile.elf import Bytes
 from coreheap.corefile.file_guard import FileGuard
 from coreheap.corefile.holes import FileExtents, HoleMeaning
@@ -47,8 +41,9 @@ from coreheap.corefile.process import (
     read_process,
 )
 from coreheap.corefile.regions import regions_of
+from coreheap.corefile.streams import compression_of
 from coreheap.corefile.threads import Thread, ThreadTable, read_threads, threads_of
-from coreheap.errors import InputNotUsable, MemoryFault, UsageError
+from coreheap.errors import InputNotUsable, MemoryFault, UsageError, failure_here
 from coreheap.evidence import Gap
 
 if TYPE_CHECKING:
@@ -266,16 +261,18 @@ def open_core(
     debug_directories: Sequence[Path] = (),
     debuginfod: bool = False,
     progress: Progress | None = None,
-    unpacked_limit: int = UNPACKED_LIMIT,
+    unpacked_limit: int | None = None,
 ) -> Core:
     """Open a core, unpacking it first where it is compressed.
 
     With ``debuginfod`` the servers in the environment's DEBUGINFOD_URLS are asked for symbols that
-    the analysis needs and no local file gives; without it nothing is ever asked of a network.
+    the analysis needs and no local file gives; without it nothing is ever asked of a network. A compressed core may
+    unpack to ``unpacked_limit`` bytes; None: to what compressed cores of real processes unpack to at most.
 
     Raises UsageError with ``debuginfod`` where DEBUGINFOD_URLS names no server, InputNotUsable when
-    the file is missing, unreadable, no core, or a compressed core that cannot be unpacked, and
-    UnsupportedCore for a core of a machine that coreheap does not know.
+    the file is missing, unreadable, no core, or a compressed core that cannot be unpacked,
+    UnsupportedCore for a core of a machine or system that coreheap does not know, and FailedHere where this machine has
+    not the room, memory or files that it takes.
     """
     client = _debuginfod_client() if debuginfod else None
     where = os.fspath(path)
@@ -283,7 +280,8 @@ def open_core(
     gaps: list[Gap] = []
     compression: str | None = None
     try:
-        compression = compression_of(os.pread(descriptor, 16, 0))
+        with os.fdopen(os.dup(descriptor), "rb") as file:
+            compression = compression_of(file)
         file_bytes = bytes_on_disk = os.fstat(descriptor).st_size
         if compression is not None:
             unpacked = _unpack(descriptor, compression, where, progress, unpacked_limit)
@@ -294,6 +292,15 @@ def open_core(
                     Gap(
                         "compressed_stream_damaged",
                         f"{unpacked.damage}; what came before is analysed",
+                    )
+                )
+            if unpacked.padding.byte_count:
+                content = "zeros" if unpacked.padding.is_zeros else "bytes"
+                gaps.append(
+                    Gap(
+                        "compressed_stream_padded",
+                        f"{unpacked.padding.byte_count} {content} after the end of the {compression} stream are no part of"
+                        " it; the core before them is whole",
                     )
                 )
         before_fetch = (lambda: progress("asking debuginfod", 0, None)) if progress else (lambda: None)
@@ -322,7 +329,9 @@ def _debuginfod_client() -> DebuginfodClient:
     return client
 
 
-def _unpack(descriptor: int, compression: str, where: str, progress: Progress | None, limit: int) -> UnpackedCore:
+def _unpack(
+    descriptor: int, compression: str, where: str, progress: Progress | None, limit: int | None
+) -> UnpackedCore:
     with os.fdopen(os.dup(descriptor), "rb") as file:
         return unpack(file, compression, where, progress=progress, unpacked_limit=limit)
 
@@ -354,6 +363,9 @@ def _open_regular_file(where: str) -> int:
     except PermissionError:
         problem, step = "no permission to read it", "run as the file's owner, or copy the core"
     except (OSError, ValueError) as error:
+        failure = failure_here(error, where)
+        if failure is not None:
+            raise failure from None
         problem, step = (
             getattr(error, "strerror", None) or str(error),
             "check the path and the disk",

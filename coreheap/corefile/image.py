@@ -86,9 +86,9 @@ def read_image(data: Bytes, where: str) -> CoreImage:
     Raises InputNotUsable for what is no core, UnsupportedCore for a core of another kind of
     machine.
     """
-    header = _core_header(data, where)
-    machine = _machine_of(header, where)
-    count, missing_bytes, gaps = _promised_count(data, header)
+    header = core_header(data, where)
+    machine = machine_of(header, where)
+    count, missing_bytes, gaps = promised_count(data, header)
     entry_bytes = elf.program_header_entry_bytes(header.bits)
     if header.program_header_bytes < entry_bytes:
         raise InputNotUsable(
@@ -133,7 +133,8 @@ def bytes_in_file(offset: elf.Words, byte_count: elf.Words, file_bytes: int) -> 
     return np.minimum(byte_count, size - np.minimum(offset, size))
 
 
-def _core_header(data: Bytes, where: str) -> ElfHeader:
+def core_header(data: Bytes, where: str) -> ElfHeader:
+    """The header of a core, of which ``data`` is the beginning. Raises InputNotUsable for what is no core."""
     head = data[:64].tobytes()
     if head[:4] != elf.ELF_MAGIC:
         raise InputNotUsable(
@@ -179,7 +180,8 @@ def _core_header(data: Bytes, where: str) -> ElfHeader:
     return header
 
 
-def _machine_of(header: ElfHeader, where: str) -> str:
+def machine_of(header: ElfHeader, where: str) -> str:
+    """The name of the core's machine. Raises UnsupportedCore for one whose cores cannot be read."""
     key = (header.machine, header.bits)
     if key not in MACHINES or header.os_abi in _OTHER_SYSTEMS:
         found = _OTHER_MACHINES.get(key, f"machine {header.machine}, {header.bits} bits")
@@ -195,7 +197,7 @@ def _machine_of(header: ElfHeader, where: str) -> str:
     return MACHINES[key]
 
 
-def _promised_count(data: Bytes, header: ElfHeader) -> tuple[int, int, list[Gap]]:
+def promised_count(data: Bytes, header: ElfHeader) -> tuple[int, int, list[Gap]]:
     """The number of program headers, the bytes missing of the table that tells it, and gaps.
 
     fs/binfmt_elf.c writes PN_XNUM for 65,535 segments and more, and the section header with the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from jsonschema import Draft202012Validator
 import coreheap
 from coreheap.cli import main, pipeline
 from coreheap.cli.arguments import CHUNK_STATES, SEVERITIES, VERDICTS, Request
-from coreheap.errors import CoreheapError, InputNotUsable, MemoryFault, UnsupportedCore, UsageError
+from coreheap.errors import CoreheapError, FailedHere, InputNotUsable, MemoryFault, UnsupportedCore, UsageError
 from coreheap.heap import ChunkState
 from coreheap.leaks import Verdict
 from coreheap.render.json_document import SchemaName, schema_text
@@ -66,6 +67,9 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Answer:
         (UnsupportedCore("a machine that nobody knows"), [], 3),
         (MemoryFault(0x1000, "not_saved"), [], 3),
         (UsageError("no such folder"), [], 2),
+        (FailedHere("no room", where="/tmp", expected="more", found="less", next_step="TMPDIR"), [], 75),
+        (MemoryError(), [], 75),
+        (OSError(errno.EMFILE, "Too many open files"), ["-q"], 75),
         (KeyboardInterrupt(), [], 130),
         (ValueError("surprise"), [], 70),
         (RecursionError(), ["-q"], 70),
@@ -277,6 +281,7 @@ def test_the_users_words_reach_the_analysis(
     monkeypatch.setattr(coreheap, "open", opened)
     monkeypatch.setattr(coreheap, "analyze", analyzed)
     words = ["arenas", "c", "--exe", "e", "--sysroot", "s", "--debug-dir", "a", "--debug-dir", "b"]
+    words += ["--max-unpacked", "3MiB"]
     assert main(words) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 arena"
     del seen["progress"]
@@ -286,6 +291,7 @@ def test_the_users_words_reach_the_analysis(
         "sysroot": Path("s"),
         "debug_directories": [Path("a"), Path("b")],
         "debuginfod": False,
+        "unpacked_limit": 3 << 20,
     }
     assert main([*words, "--debuginfod"]) == 0
     assert seen["debuginfod"] is True

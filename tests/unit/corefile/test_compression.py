@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import lzma
 import os
 import subprocess
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from coreheap.corefile import open_core
-from coreheap.errors import InputNotUsable
-from tests.core_builder import CoreBuilder
+from coreheap.corefile import compression, open_core
+from coreheap.errors import FailedHere, InputNotUsable, UnsupportedCore
+from tests.core_builder import CoreBuilder, elf_image
 
 PAGE = 4096
 NOISE = bytes((index * 2654435761 >> 7) & 0xFF for index in range(64 * PAGE))
@@ -73,6 +74,88 @@ def test_streams_of_several_members(tmp_path: Path, kind: str) -> None:
     with open_core(path) as core:
         assert core.memory.file.tobytes() == raw
         assert "compressed_stream_damaged" not in [gap.cause for gap in core.gaps]
+
+
+SKIPPED = b"\x53\x2a\x4d\x18\x05\0\0\0hello"
+"""A frame that zst and lz4 pass over (RFC 8878, 3.1.2): magic number, length, content."""
+PADDINGS = {
+    "a zero": bytes(1),
+    "seven zeros": bytes(7),
+    "zeros": bytes(9 * PAGE),
+    "more zeros than are read at once": bytes(1 << 19),
+    "text": b"nothing of a core\n" * 100,
+    "zeros, then text": bytes(700) + b"nothing of a core\n",
+    "one letter": b"n",
+}
+
+
+def causes_of(path: Path, raw: bytes) -> list[str]:
+    """The causes of the gaps of a core whose content is ``raw``."""
+    with open_core(path) as core:
+        assert core.memory.file.tobytes() == raw
+        assert core.coverage == 1.0
+        return [gap.cause for gap in core.gaps]
+
+
+@kinds
+@pytest.mark.parametrize("padding", list(PADDINGS))
+@pytest.mark.parametrize("members", [1, 2])
+def test_what_follows_a_whole_stream_is_told_and_costs_nothing(
+    tmp_path: Path, kind: str, padding: str, members: int
+) -> None:
+    raw = built()
+    path = tmp_path / "core"
+    cut = [0, 70000, len(raw)] if members == 2 else [0, len(raw)]
+    stream = b"".join(PACKERS[kind](raw[low:high]) for low, high in itertools.pairwise(cut))
+    path.write_bytes(stream + PADDINGS[padding])
+    causes = causes_of(path, raw)
+    assert "compressed_stream_damaged" not in causes
+    assert "compressed_stream_padded" in causes
+    with open_core(path) as core:
+        (told,) = (gap.consequence for gap in core.gaps if gap.cause == "compressed_stream_padded")
+    assert told.startswith(
+        f"{len(PADDINGS[padding])} {'bytes' if 'n' in PADDINGS[padding].decode() else 'zeros'} after"
+    )
+
+
+@kinds
+def test_zeros_between_members_are_passed_over(tmp_path: Path, kind: str) -> None:
+    raw = built()
+    path = tmp_path / "core"
+    path.write_bytes(PACKERS[kind](raw[:70000]) + bytes(512) + PACKERS[kind](raw[70000:]))
+    assert not {"compressed_stream_damaged", "compressed_stream_padded"} & set(causes_of(path, raw))
+
+
+@pytest.mark.parametrize("kind", ["zst", "lz4"])
+@pytest.mark.parametrize("place", ["first", "twice first", "between", "last", "everywhere"])
+def test_skippable_frames(tmp_path: Path, kind: str, place: str) -> None:
+    raw = built()
+    one, two = PACKERS[kind](raw[:70000]), PACKERS[kind](raw[70000:])
+    path = tmp_path / "core"
+    first = {"first": SKIPPED, "twice first": SKIPPED * 2, "everywhere": SKIPPED}.get(place, b"")
+    between = SKIPPED if place in ("between", "everywhere") else b""
+    path.write_bytes(first + one + between + two + (SKIPPED if place in ("last", "everywhere") else b""))
+    assert not {"compressed_stream_damaged", "compressed_stream_padded"} & set(causes_of(path, raw))
+
+
+@kinds
+@pytest.mark.parametrize("cut_bytes", [1, 3, 100])
+def test_a_second_member_that_is_cut_is_no_padding(tmp_path: Path, kind: str, cut_bytes: int) -> None:
+    raw = built()
+    path = tmp_path / "core"
+    path.write_bytes(PACKERS[kind](raw[:70000]) + PACKERS[kind](raw[70000:])[:-cut_bytes])
+    with open_core(path) as core:
+        assert core.memory.file[:70000].tobytes() == raw[:70000]
+        causes = [gap.cause for gap in core.gaps]
+    assert "compressed_stream_damaged" in causes
+    assert "compressed_stream_padded" not in causes
+
+
+def test_nothing_but_skippable_frames_is_no_compressed_core(tmp_path: Path) -> None:
+    path = tmp_path / "core"
+    path.write_bytes(SKIPPED * 1000)
+    with pytest.raises(InputNotUsable, match="not an ELF core"):
+        open_core(path)
 
 
 @kinds
@@ -134,6 +217,100 @@ def test_a_bomb_is_refused(tmp_path: Path, kind: str) -> None:
     assert "unpack" in caught.value.next_step
 
 
+def bomb_of(content: bytes, *, segments: int = 1) -> bytes:
+    builder = CoreBuilder().add_thread()
+    for index in range(segments):
+        builder.add_segment(0x100000 + index * 0x1000000, content)
+    return builder.build()
+
+
+@kinds
+def test_a_bomb_that_the_headers_promise_is_refused_where_it_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Pages that are no zeros need room on the disk; as many as here are in no process's compressed core."""
+    monkeypatch.setattr(compression, "FILLED_BYTES", 1 << 20)
+    monkeypatch.setattr(compression, "FILLED_RATIO", 16)
+    path = tmp_path / "core"
+    path.write_bytes(PACKERS[kind](bomb_of(b"b" * (32 << 20))))
+    with pytest.raises(InputNotUsable, match="unpacks to more than is allowed") as caught:
+        open_core(path)
+    assert "not pages of zeros" in caught.value.expected
+    assert "the core's headers promise 32." in caught.value.found
+    promised = int(caught.value.next_step.partition("--max-unpacked ")[2].partition(",")[0])
+    with open_core(path, unpacked_limit=promised) as core:
+        assert core.coverage == 1.0
+
+
+@kinds
+def test_pages_of_zeros_that_the_headers_promise_are_no_bomb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """300 stacks of 8 MiB, of which a page was used: written to a pipe, they are such zeros."""
+    monkeypatch.setattr(compression, "FILLED_BYTES", 1 << 20)
+    monkeypatch.setattr(compression, "FILLED_RATIO", 1)
+    raw = bomb_of(bytes(8 << 20) + b"used" + bytes(PAGE), segments=8)
+    path = tmp_path / "core"
+    path.write_bytes(PACKERS[kind](raw))
+    assert "compressed_stream_damaged" not in causes_of(path, raw)
+
+
+@kinds
+def test_zeros_that_no_header_promises_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The table of segments lies beyond what is there: nothing says where the core ends."""
+    monkeypatch.setattr(compression, "FILLED_BYTES", 1 << 20)
+    monkeypatch.setattr(compression, "FILLED_RATIO", 16)
+    head = bytearray(bomb_of(b"x"))
+    head[32:40] = (1 << 40).to_bytes(8, "little")
+    path = tmp_path / "core"
+    path.write_bytes(PACKERS[kind](bytes(head) + bytes(64 << 20)))
+    with pytest.raises(InputNotUsable, match="unpacks to more than is allowed"):
+        open_core(path)
+
+
+@kinds
+def test_what_the_user_allows_is_held_against_the_headers_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "core"
+    path.write_bytes(PACKERS[kind](bomb_of(bytes(64 << 20))))
+    calls: list[tuple[str, int, int | None]] = []
+    with pytest.raises(InputNotUsable, match="unpacks to more than is allowed"):
+        open_core(path, unpacked_limit=32 << 20, progress=lambda *call: calls.append(call))
+    assert not calls
+
+
+@kinds
+def test_a_core_of_many_segments_has_its_end_too(tmp_path: Path, kind: str) -> None:
+    """70,000 segments: their number stands in a section header at the end, their table fills more than one block."""
+    builder = CoreBuilder().add_thread()
+    for index in range(70000):
+        builder.add_segment(0x10000 + index * 2 * PAGE, b"" if index else b"content")
+    raw = builder.build()
+    path = tmp_path / "core"
+    path.write_bytes(PACKERS[kind](raw + bytes(64 << 20)))
+    with open_core(path, unpacked_limit=len(raw) + (16 << 20)) as core:
+        assert len(core.image.segments) == 70001
+        assert core.coverage == 1.0
+        assert core.file_bytes < len(raw) + (16 << 20)
+
+
+@kinds
+def test_a_program_is_refused_after_its_first_block(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "core"
+    path.write_bytes(PACKERS[kind](elf_image() + bytes(64 << 20)))
+    with pytest.raises(InputNotUsable, match="not a core"):
+        open_core(path, unpacked_limit=16 << 20)
+
+
+@kinds
+def test_a_machine_that_is_not_known_is_refused_after_the_first_block(tmp_path: Path, kind: str) -> None:
+    head = bytearray(bomb_of(b"x"))
+    head[18:20] = (243).to_bytes(2, "little")
+    path = tmp_path / "core"
+    path.write_bytes(PACKERS[kind](bytes(head) + bytes(64 << 20)))
+    with pytest.raises(UnsupportedCore, match="not supported"):
+        open_core(path, unpacked_limit=16 << 20)
+
+
 @kinds
 def test_little_is_unpacked_behind_the_core(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "core"
@@ -168,7 +345,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in [name for name in sys.modules if name == package or name.startswith(package + ".")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputNotUsable) as caught:
+    with pytest.raises(FailedHere) as caught:
         open_core(path)
     assert caught.value.next_step == f"pip install {package.partition('.')[0]}"
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import coreheap
@@ -13,8 +14,10 @@ from coreheap.accounting.other_allocators.memory import AnonymousMemory
 from coreheap.allocators.glibc import identify, locate
 from coreheap.allocators.glibc.records import HeapInfo, Layout, read_heap_info
 from coreheap.corefile import AddressSpace
+from coreheap.kernels.values import ArenaCandidates
 from tests.core_builder import CoreBuilder
 
+PAGE = 4096
 RESERVED = 1 << 40
 START = 0x7F00_0000_0000
 STEP = 64 << 20
@@ -57,3 +60,34 @@ def test_headers_of_sub_heaps_are_not_looked_for_in_holes(
     monkeypatch.setattr(locate, "read_heap_info", counted)
     assert locate.sub_heap_headers(sparse, identify.layouts_for(sparse)[0], STEP) == ()
     assert read == [START, START + CONTENT]
+
+
+def test_the_scan_for_arenas_looks_at_content_alone(sparse: coreheap.Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[tuple[int, int]] = []
+    find = locate.find_arena_candidates
+
+    def noted(data: np.ndarray, start: int, *words: object, **more: object) -> ArenaCandidates:
+        looked_at.append((start, start + len(data)))
+        return find(data, start, *words, **more)
+
+    monkeypatch.setattr(locate, "find_arena_candidates", noted)
+    assert list(locate.scan(sparse, identify.layouts_for(sparse))) == []
+    assert sum(end - start for start, end in looked_at) <= 4 * sparse.memory.hole_granularity
+    assert {START, START + CONTENT} <= {start for start, _ in looked_at}
+
+
+def test_an_arena_is_found_where_holes_cut_pairs_of_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gdb puts segments at any offset of the file: a hole ends at any address then."""
+    builder = CoreBuilder().add_thread()
+    bins = bytes(PAGE)
+    for _ in range(300):
+        place = START + len(bins)
+        bins += (place - 16).to_bytes(8, "little") * 2
+    builder.add_segment(START, bins + bytes(PAGE), file_bytes=len(bins) + PAGE)
+    path = builder.write(tmp_path / "core")
+    with coreheap.open(path) as core:
+        whole = [hits.self_pairs.tolist() for hits in locate.scan(core, identify.layouts_for(core))]
+        for cut in range(1, 16):
+            low, high = START + PAGE - cut, START + len(bins) + cut
+            monkeypatch.setattr(core.memory, "populated_extents", lambda *_, low=low, high=high: [(low, high)])
+            assert [hits.self_pairs.tolist() for hits in locate.scan(core, identify.layouts_for(core))] == whole

@@ -212,7 +212,9 @@ def _smallest_first(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def _scan_ranges(core: Core, layouts: Iterable[Layout], ranges: list[tuple[int, int]]) -> Iterator[ArenaCandidates]:
     deltas = np.array(sorted({layout.state.offset("next") for layout in layouts}), dtype=np.uint64)
     for start, end in ranges:
-        for run_start, run_end in core.memory.saved_runs_within(start, end):
+        # Holes of the file are zeros, and zero points to nothing.
+        for data_start, data_end in core.memory.populated_extents(start, end):
+            run_start, run_end = _whole_pairs(core, data_start, data_end)
             hits = find_arena_candidates(
                 core.memory.view(run_start, run_end),
                 run_start,
@@ -222,6 +224,13 @@ def _scan_ranges(core: Core, layouts: Iterable[Layout], ranges: list[tuple[int, 
             )
             if len(hits.self_pairs) or len(hits.next_hits):
                 yield hits
+
+
+def _whole_pairs(core: Core, start: int, end: int) -> tuple[int, int]:
+    """The range without pairs of words that its borders cut: gdb's segments lie at any offset, so its holes at any address."""
+    pair = 2 * core.word_bytes
+    low, high = start - start % pair, end + -end % pair
+    return (low, high) if core.memory.is_saved(low, high) else (start, end)
 
 
 def arenas_of_next_hits(core: Core, hits: ArenaCandidates, layout: Layout) -> Iterator[Sighting]:

@@ -17,7 +17,7 @@ from coreheap.corefile.kinds import EXECUTE, READ, WRITE
 from coreheap.corefile.regions import left_of, without_overlap
 from coreheap.corefile.stacks import LARGEST_SUPPOSED_STACK_BYTES, Stack, Stacks, StackSource, find_stacks
 from coreheap.corefile.thread_stacks import ended_stacks
-from coreheap.corefile.thread_storage import thread_storage
+from coreheap.corefile.thread_storage import thread_storages
 from coreheap.mappings import MappingKind
 
 Ranges = list[tuple[int, int, int]]
@@ -59,8 +59,9 @@ def _guards(stacks: Iterable[Stack]) -> Ranges:
 def _thread_local_storage(core: Core, stacks: Stacks) -> Ranges:
     """Static TLS and descriptor of each thread: all above it in a block that glibc made."""
     found: Ranges = []
+    storages = thread_storages(core)
     for thread in core.threads:
-        storage = thread_storage(core, thread.index)
+        storage = storages.get(thread.index)
         stack = stacks.descriptors.get(thread.index)
         if storage is not None and stack is not None and stack.start <= storage.start < stack.end:
             found.append((storage.start, stack.end, thread.index))

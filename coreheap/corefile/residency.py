@@ -17,6 +17,7 @@ import numpy.typing as npt
 from coreheap.corefile.elf import Words
 from coreheap.corefile.holes import HoleMeaning
 from coreheap.corefile.memory import AddressSpace
+from coreheap.corefile.notes import records_at
 from coreheap.evidence import Strength
 
 BATCH_BYTES = 1 << 23
@@ -136,10 +137,12 @@ def _has_extent_of_zeros(memory: AddressSpace, start: Words, end: Words) -> bool
 def _have_content(memory: AddressSpace, offsets: npt.NDArray[np.int64], byte_count: int) -> Bools:
     """For each offset into the file whether any of so many bytes there differs from zero."""
     at_once = BATCH_BYTES // byte_count
-    found = [np.zeros(0, np.bool_)]
+    unit = 8 if byte_count % 8 == 0 else 1
+    content = np.dtype([("units", f"<u{unit}", (byte_count // unit,))])
+    found: list[Bools] = [np.zeros(0, np.bool_)]
     for first in range(0, len(offsets), at_once):
-        rows = offsets[first : first + at_once, None] + np.arange(byte_count)
-        found.append(memory.file[rows].any(axis=1))
+        rows = records_at(memory.file, offsets[first : first + at_once].astype(np.intp), content)
+        found.append(np.any(rows["units"], axis=1))
     return np.concatenate(found)
 
 

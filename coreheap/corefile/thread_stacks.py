@@ -19,8 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from coreheap.corefile.core import Core
+from coreheap.corefile.gathering import rows_at
 from coreheap.corefile.memory import AddressSpace
+from coreheap.corefile.notes import records_at
 from coreheap.corefile.regions import LAST_ADDRESS
+from coreheap.corefile.residency import stored_pieces
 from coreheap.errors import MemoryFault
 
 UInt64s = npt.NDArray[np.uint64]
@@ -84,11 +87,12 @@ def stacks_of_threads(core: Core, interrupted: Mapping[int, Sequence[int]] | Non
     before_end = _distance_before_end(core)
     found: dict[int, ThreadStack] = {}
     search = _DescriptorSearch(core, before_end or 0)
+    told = {} if distance is None else _stacks_behind_pointers(core, distance)
     for thread in core.threads:
         pointer = thread.thread_pointer
         stack: ThreadStack | None = None
         if pointer and distance is not None:
-            stack = _stack_at(core.memory, pointer + distance)
+            stack = told.get(thread.index)
         elif not pointer and before_end is not None:
             pointers = (thread.stack_pointer, *before.get(thread.index, ()))
             candidates = (search.stack_around(pointer) for pointer in pointers)
@@ -104,6 +108,23 @@ def stacks_of_threads(core: Core, interrupted: Mapping[int, Sequence[int]] | Non
     return _with_start_routines(core.memory, found)
 
 
+def _stacks_behind_pointers(core: Core, distance: int) -> dict[int, ThreadStack]:
+    """The stacks that descriptors at the threads' own pointers tell, by thread."""
+    threads = [
+        thread
+        for thread in core.threads
+        if thread.thread_pointer and 0 <= thread.thread_pointer + distance <= LAST_ADDRESS
+    ]
+    places = [(thread.thread_pointer or 0) + distance for thread in threads]
+    words, saved = rows_at(core.memory, np.array(places, np.uint64), 3)
+    found: dict[int, ThreadStack] = {}
+    for thread, place, fields, is_saved in zip(threads, places, words.tolist(), saved.tolist(), strict=True):
+        stack = _stack(core.memory, place, *fields) if is_saved else None
+        if stack is not None:
+            found[thread.index] = stack
+    return found
+
+
 def ended_stacks(core: Core, running: Iterable[ThreadStack], start: UInt64s, end: UInt64s) -> Iterator[ThreadStack]:
     """Stacks in ranges of memory (sorted, without overlap) whose thread does not run any more.
 
@@ -116,12 +137,11 @@ def ended_stacks(core: Core, running: Iterable[ThreadStack], start: UInt64s, end
     in_use = {stack.stackblock_at for stack in stacks}
     # Between mmapped chunks there may be millions of ranges; few are large enough.
     large = end - start >= np.uint64(LEAST_STACK_BYTES)
-    for low, high in zip(start[large].tolist(), end[large].tolist(), strict=True) if distances else ():
-        for distance in distances:
-            for place in _places_in_pages(core, low, high, distance):
-                stack = _stack_at(core.memory, place)
-                if stack is not None and stack.end == place + distance and place not in in_use:
-                    yield stack
+    for distance in distances:
+        for place in _places_in_pages(core, start[large], end[large], distance):
+            stack = _stack_at(core.memory, place)
+            if stack is not None and stack.end == place + distance and place not in in_use:
+                yield stack
 
 
 def _distance_from_thread_pointer(core: Core) -> int | None:
@@ -217,7 +237,9 @@ class _DescriptorSearch:
         low = pointer - pointer % page
         end = min(int(core.memory.region_end[region]), low + min(LARGEST_STACK_BYTES, self._pages_left * page))
         reached = low
-        for place in _places_in_pages(core, max(low, int(core.memory.region_start[region])), end, distance):
+        start = max(low, int(core.memory.region_start[region]))
+        places = _places_in_pages(core, np.array([start], np.uint64), np.array([end], np.uint64), distance)
+        for place in places:
             stack = _stack_at(core.memory, place)
             # What looks like a descriptor and is none takes as long as many pages.
             self._pages_left -= PAGES_OF_A_PLACE
@@ -261,14 +283,12 @@ def _with_start_routines(memory: AddressSpace, stacks: dict[int, ThreadStack]) -
     none of these. start_routine is the lowest word before those zeros that is code in most threads; arg follows it.
     """
     farthest, word = START_ROUTINE_WORDS[-1], memory.word_bytes
-    read = {
-        number: _words_or_none(memory, stack.stackblock_at - farthest * word, farthest)
-        for number, stack in stacks.items()
-    }
-    numbers = [number for number, words in read.items() if len(words)]
+    places = [max(stack.stackblock_at - farthest * word, 0) for stack in stacks.values()]
+    words, saved = rows_at(memory, np.array(places, np.uint64), farthest)
+    words = words[saved]
+    numbers = [number for number, is_saved in zip(stacks, saved.tolist(), strict=True) if is_saved]
     if not numbers:
         return stacks
-    words = np.stack([read[number] for number in numbers])
     is_code = _is_code(memory, words)
     chosen: int | None = None
     for distance in START_ROUTINE_WORDS:
@@ -298,23 +318,25 @@ def _is_code(memory: AddressSpace, words: UInt64s) -> npt.NDArray[np.bool_]:
     return held
 
 
-def _places_in_pages(core: Core, start: int, end: int, distance: int) -> Iterator[int]:
-    """Where a stackblock may be that lies ``distance`` before the end of its block: one place of each page is looked at."""
+def _places_in_pages(core: Core, start: UInt64s, end: UInt64s, distance: int) -> Iterator[int]:
+    """Where a stackblock may be that lies ``distance`` before the end of its block, in ranges (sorted, without overlap): one
+    place of each page is looked at."""
     memory, page, word = core.memory, core.page_bytes, core.word_bytes
-    for low, high in memory.populated_extents(start, end):
-        first = low + (-distance - low) % page
-        pages = (high - first - 2 * word) // page + 1 if first + 2 * word <= high else 0
-        if pages <= 0:
-            continue
-        for page_number in range(0, pages, PAGES_AT_ONCE):
-            begin, count = first + page_number * page, min(PAGES_AT_ONCE, pages - page_number)
-            # Of a block that would end behind the last address there is none.
-            count = min(count, (LAST_ADDRESS - begin - distance) // page + 1)
-            if count <= 0:
-                break
-            content = memory.view(begin, begin + (count - 1) * page + 2 * word)
-            rows = np.lib.stride_tricks.as_strided(content, (count, 2 * word), (page, 1), writeable=False).copy()
-            words = rows.view(f"<u{word}").astype(np.uint64)
-            ends = np.uint64(begin + distance) + np.arange(count, dtype=np.uint64) * np.uint64(page)
-            fits = (words[:, 1] >= np.uint64(LEAST_STACK_BYTES)) & (words[:, 0] + words[:, 1] == ends)
-            yield from (ends[fits] - np.uint64(distance)).tolist()
+    pieces = stored_pieces(memory, start, end)
+    low = pieces.start.astype(np.int64)
+    before = (-distance - low) % page
+    first = pieces.start + before.astype(np.uint64)
+    room = (pieces.end - pieces.start).astype(np.int64) - before - 2 * word
+    pages = np.where(room >= 0, room // page + 1, 0)
+    numbered = np.concatenate(([0], np.cumsum(pages)))
+    record = np.dtype([("words", f"<u{word}", (2,))])
+    for number in range(0, int(numbered[-1]), PAGES_AT_ONCE):
+        numbers = np.arange(number, min(number + PAGES_AT_ONCE, int(numbered[-1])))
+        piece = np.searchsorted(numbered, numbers, side="right") - 1
+        places = first[piece] + ((numbers - numbered[piece]) * page).astype(np.uint64)
+        offsets = pieces.file_offset[piece] + (places - pieces.start[piece])
+        words = records_at(memory.file, offsets.astype(np.intp), record)["words"].astype(np.uint64)
+        ends = places + np.uint64(distance)
+        # Of a block that would end behind the last address there is none.
+        fits = (words[:, 1] >= np.uint64(LEAST_STACK_BYTES)) & (words[:, 0] + words[:, 1] == ends) & (ends > places)
+        yield from places[fits].tolist()

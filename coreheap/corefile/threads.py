@@ -101,6 +101,14 @@ class ThreadTable:
     def __len__(self) -> int:
         return len(self.lwp)
 
+    def other_notes(self) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+        """As ``Thread.notes`` of all threads: rows of ``notes`` in their order, and the thread's index of each."""
+        first, end = self.note_rows[:, 0], self.note_rows[:, 1]
+        owner = np.repeat(np.arange(len(self)), end - first)
+        rows = np.arange(len(owner)) + (first - np.concatenate(([0], np.cumsum(end - first)[:-1])))[owner]
+        kept = ~np.isin(self.notes.kind[rows], list(_NOTES_OF_THE_PROCESS))
+        return rows[kept], owner[kept]
+
     @property
     def register_names(self) -> tuple[str, ...]:
         return self.layout.register_names

@@ -2,8 +2,8 @@
 
 Knows: columns of ranges. Does not know: why memory is of a kind.
 
-What there is one of for each region or thread is painted by ``Painter``, in Python. What there may be millions of, the
-heap's own ranges, only meets arithmetic on columns.
+What there is one of for each region or thread is painted by ``Painter``. What there may be millions of, the heap's own
+ranges, only meets arithmetic on columns.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from coreheap.leaks import RootKind
 UInt64s = npt.NDArray[np.uint64]
 UInt8s = npt.NDArray[np.uint8]
 Int16s = npt.NDArray[np.int16]
+Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 
 ADDRESS_LIMIT = 1 << 63
@@ -90,61 +91,76 @@ def _joined(start: UInt64s, end: UInt64s, kind: UInt8s, thread: Int32s) -> RootR
 
 
 class Painter:
-    """Paints ranges of memory with a kind, later ones over earlier ones. Each costs a step of Python."""
+    """Paints ranges of memory with a kind, later ones over earlier ones. Single ones cost a step of Python."""
 
     def __init__(self) -> None:
-        self._start: list[UInt64s] = []
-        self._end: list[UInt64s] = []
-        self._kind: list[Int16s] = []
-        self._thread: list[Int32s] = []
+        self._columns: list[tuple[UInt64s, UInt64s, Int16s, Int32s]] = []
+        self._single: list[tuple[int, int, int, int]] = []
 
     def add_many(self, start: UInt64s, end: UInt64s, kind: RootKind | None, thread: int = NO_THREAD) -> None:
         """Paints [start, end), one range an element; without a kind it takes away what is there."""
-        code = _NOTHING if kind is None else _CODE[kind]
-        self._start.append(start)
-        self._end.append(end)
-        self._kind.append(np.full(len(start), code, np.int16))
-        self._thread.append(np.full(len(start), thread, np.int32))
+        self._gather()
+        code = np.full(len(start), _code(kind), np.int16)
+        self._columns.append((start, end, code, np.full(len(start), thread, np.int32)))
 
     def add(self, start: int, end: int, kind: RootKind | None, thread: int = NO_THREAD) -> None:
         """Paints what of [start, end) is addresses."""
         start, end = max(start, 0), min(end, ADDRESS_LIMIT)
         if start < end:
-            self.add_many(np.array([start], np.uint64), np.array([end], np.uint64), kind, thread)
+            self._single.append((start, end, _code(kind), thread))
 
     def ranges(self) -> RootRanges:
         """What is painted."""
-        start, end = np.concatenate(self._start), np.concatenate(self._end)
-        kind, thread = np.concatenate(self._kind), np.concatenate(self._thread)
+        self._gather()
+        start, end, kind, thread = (np.concatenate(column) for column in zip(*self._columns, strict=True))
         cuts = np.unique(np.concatenate([start, end]))
-        label, owner = _last_painted(start, end, kind, thread, cuts)
-        held = label != _NOTHING
-        return _joined(cuts[:-1][held], cuts[1:][held], label[held].astype(np.uint8), owner[held])
+        painted = _last_painted(start, end, cuts)
+        held = painted >= 0
+        held[held] = kind[painted[held]] != _NOTHING
+        painted = painted[held]
+        return _joined(cuts[:-1][held], cuts[1:][held], kind[painted].astype(np.uint8), thread[painted])
+
+    def _gather(self) -> None:
+        """Makes columns of the single ranges so far."""
+        if self._single or not self._columns:
+            start, end, kind, thread = zip(*self._single, strict=True) if self._single else ((), (), (), ())
+            self._columns.append(
+                (
+                    np.array(start, np.uint64),
+                    np.array(end, np.uint64),
+                    np.array(kind, np.int16),
+                    np.array(thread, np.int32),
+                )
+            )
+            self._single = []
 
 
-def _last_painted(start: UInt64s, end: UInt64s, kind: Int16s, thread: Int32s, cuts: UInt64s) -> tuple[Int16s, Int32s]:
-    """Kind and thread of the last range that covers each piece between two cuts; _NOTHING where none does.
+def _code(kind: RootKind | None) -> int:
+    return _NOTHING if kind is None else _CODE[kind]
 
-    Backwards, each piece is painted once: ``following`` leads over those that are painted already.
+
+def _last_painted(start: UInt64s, end: UInt64s, cuts: UInt64s) -> Int64s:
+    """The number of the last range that covers each piece between two cuts; -1 where none does.
+
+    Each range is put at the few nodes of a tree over the pieces that make it up; from there the highest number goes down
+    to the pieces.
     """
-    pieces = len(cuts) - 1
-    label = np.full(max(pieces, 0), _NOTHING, np.int16)
-    owner = np.full(max(pieces, 0), NO_THREAD, np.int32)
-    following = list(range(pieces + 1))
-
-    def unpainted(piece: int) -> int:
-        root = piece
-        while following[root] != root:
-            root = following[root]
-        while following[piece] != root:
-            following[piece], piece = root, following[piece]
-        return root
-
-    first, last = np.searchsorted(cuts, start).tolist(), np.searchsorted(cuts, end).tolist()
-    for number in range(len(first) - 1, -1, -1):
-        piece = unpainted(first[number])
-        while piece < last[number]:
-            label[piece], owner[piece] = kind[number], thread[number]
-            following[piece] = piece + 1
-            piece = unpainted(piece)
-    return label, owner
+    pieces = max(len(cuts) - 1, 0)
+    leaves = 1 << max(pieces - 1, 0).bit_length()
+    tree = np.full(2 * leaves, -1, np.int64)
+    number = np.arange(len(start), dtype=np.int64)
+    low, high = np.searchsorted(cuts, start) + leaves, np.searchsorted(cuts, end) + leaves
+    while len(number):
+        # A right child at the low end, a left one before the high end: their parents reach out of the range.
+        is_right, is_left = (low & 1 == 1) & (low < high), (high & 1 == 1) & (low < high)
+        np.maximum.at(tree, low[is_right], number[is_right])
+        np.maximum.at(tree, high[is_left] - 1, number[is_left])
+        low, high = (low + 1) >> 1, high >> 1
+        goes_on = low < high
+        low, high, number = low[goes_on], high[goes_on], number[goes_on]
+    level = 1
+    while level < leaves:
+        parents = np.repeat(tree[level : 2 * level], 2)
+        np.maximum(tree[2 * level : 4 * level], parents, out=tree[2 * level : 4 * level])
+        level *= 2
+    return tree[leaves : leaves + pieces]

@@ -17,18 +17,21 @@ import numpy.typing as npt
 
 from coreheap.corefile import Backing, Core
 from coreheap.corefile.kinds import RegionLabel, region_labels
-from coreheap.corefile.notes import NT_ARM_TLS, NT_FPREGSET, NT_PRSTATUS, NT_X86_XSTATE
+from coreheap.corefile.notes import NT_ARM_TLS, NT_FPREGSET, NT_PRSTATUS, NT_X86_XSTATE, records_at
 from coreheap.corefile.thread_stacks import stacks_of_threads
-from coreheap.corefile.thread_storage import thread_storage
+from coreheap.corefile.thread_storage import thread_storages
 from coreheap.leaks import RootKind
 from coreheap.references.ranges import ADDRESS_LIMIT, Painter, RootRanges
 from coreheap.references.stack_roots import mark_old_stacks, mark_stacks
 
 UInt64s = npt.NDArray[np.uint64]
 Int64s = npt.NDArray[np.int64]
+_RegisterColumns = tuple[UInt64s, npt.NDArray[np.int32], npt.NDArray[np.uint32], npt.NDArray[np.uint32]]
 
 NOTE_BYTES = 1 << 14
 """Read of one register note at most; XSAVE with all of AVX-512 and AMX has about 11,000."""
+WORDS_AT_ONCE = 1 << 22
+"""Words of notes that are looked at together."""
 PT_LOAD, PF_W = 1, 2
 
 
@@ -62,7 +65,7 @@ def find_roots(core: Core, heap: tuple[UInt64s, UInt64s], remainder: tuple[UInt6
 
     ``heap`` and ``remainder``: start and end of ranges, sorted and without overlap.
     """
-    storage = [found for number in range(len(core.threads)) if (found := thread_storage(core, number)) is not None]
+    storage = tuple(thread_storages(core).values())
     painter = Painter()
     labels = region_labels(core)
     _mark_regions(core, labels, painter)
@@ -162,9 +165,9 @@ def _module_data(core: Core) -> Iterator[tuple[int, int]]:
 
 def _registers(core: Core) -> RootValues:
     """General registers of all threads, and every aligned word of their other register notes that is not 0."""
-    table, word = core.thread_table, core.word_bytes
+    table = core.thread_table
     threads, per_thread = table.registers.shape
-    columns = [
+    columns: list[_RegisterColumns] = [
         (
             table.registers.reshape(-1),
             np.repeat(np.arange(threads, dtype=np.int32), per_thread),
@@ -172,22 +175,33 @@ def _registers(core: Core) -> RootValues:
             np.tile(np.arange(per_thread, dtype=np.uint32), threads),
         )
     ]
-    for thread in core.threads:
-        for note in thread.notes:
-            first = note.file_offset
-            content = core.memory.file[first : first + min(note.byte_count, NOTE_BYTES) // word * word]
-            words = content.view(f"<u{word}").astype(np.uint64)
-            rows = np.flatnonzero(words)
-            columns.append(
-                (
-                    words[rows],
-                    np.full(len(rows), thread.index, np.int32),
-                    np.full(len(rows), note.kind, np.uint32),
-                    rows.astype(np.uint32),
-                )
-            )
+    columns += _words_of_notes(core)
     value, thread_number, note_kind, number = (np.concatenate(column) for column in zip(*columns, strict=True))
     return RootValues(value, thread_number, note_kind, number)
+
+
+def _words_of_notes(core: Core) -> Iterator[_RegisterColumns]:
+    """Columns of ``RootValues`` for the words that are not 0 of all threads' other register notes, in the order of the notes."""
+    table, word = core.thread_table, core.word_bytes
+    notes, owner = table.other_notes()
+    word_count = np.minimum(table.notes.byte_count[notes], NOTE_BYTES) // word
+    found: list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], UInt64s]] = []
+    # Most threads have notes of the same few sizes.
+    for count in np.unique(word_count).tolist():
+        record = np.dtype([("words", f"<u{word}", (count,))])
+        rows = np.flatnonzero(word_count == count)
+        at_once = max(1, WORDS_AT_ONCE // max(count, 1))
+        for first in range(0, len(rows), at_once) if count else ():
+            some = rows[first : first + at_once]
+            words = records_at(core.memory.file, table.notes.file_offset[notes[some]].astype(np.intp), record)["words"]
+            row, column = np.nonzero(words)
+            found.append((some[row], column, words[row, column].astype(np.uint64)))
+    if not found:
+        return
+    row, column, value = (np.concatenate(part) for part in zip(*found, strict=True))
+    order = np.argsort(row, kind="stable")
+    row, column, value = row[order], column[order], value[order]
+    yield value, owner[row].astype(np.int32), table.notes.kind[notes[row]], column.astype(np.uint32)
 
 
 _NOTE_NAMES = {NT_FPREGSET: "fpregset", NT_X86_XSTATE: "xsave", 0x46E62B7F: "fxsave", NT_ARM_TLS: "tpidr", 0x405: "sve"}

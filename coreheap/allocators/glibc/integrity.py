@@ -7,7 +7,7 @@ chunks (``content``), or who did it (``forensics``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from coreheap.allocators.glibc.walk import ANOMALIES_KEPT, HeapWalk
 from coreheap.corefile import Core
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Anomaly
-from coreheap.heap import ChunkTable, RegionKind
+from coreheap.heap import ChunkTable, FreeList, RegionKind
 from coreheap.kernels import ChunkState, StopReason, chunk_extents
 from coreheap.quantities import format_address
 
@@ -62,8 +62,10 @@ class Integrity:
 
     def check(self, copies: tuple[Identification, ...], caches: list[list[Cache]], chunks: ChunkTable) -> None:
         """Everything; ``caches`` by copy of malloc."""
+        bins_of, members_of = self._filled_bins(), self._members()
         for facts in self.survey.arenas:
-            for anomaly in (*self._state_fields(facts), *self._binmap(facts), *self._last_remainder(facts)):
+            fields = self._state_fields(facts, members_of[facts.copy])
+            for anomaly in (*fields, *self._binmap(facts, bins_of.get(facts.index, ())), *self._last_remainder(facts)):
                 self._note(anomaly)
         for anomaly in self._fenceposts():
             self._note(anomaly)
@@ -103,7 +105,14 @@ class Integrity:
 
     # malloc_state
 
-    def _state_fields(self, facts: ArenaFacts) -> Iterator[Anomaly]:
+    def _members(self) -> dict[int, set[int | None]]:
+        """The addresses of all arenas, by copy of malloc."""
+        members: dict[int, set[int | None]] = {}
+        for facts in self.survey.arenas:
+            members.setdefault(facts.copy, set()).add(facts.address)
+        return members
+
+    def _state_fields(self, facts: ArenaFacts, members: Collection[int | None]) -> Iterator[Anomaly]:
         """Fields whose values are few: mutex, flags, attached_threads, next_free, system_mem."""
         state, fields = facts.state, self.layout.state
         if state is None or state.is_unused:
@@ -135,14 +144,21 @@ class Integrity:
             yield wrong("attached_threads", state.attached_threads, "a number of threads")
         if state.system_mem > state.max_system_mem:
             yield wrong("max_system_mem", state.max_system_mem, f"at least system_mem, {state.system_mem:#x}")
-        members = {other.address for other in self.survey.arenas if other.copy == facts.copy}
         if state.next_free and state.next_free not in members and not self._ring_is_open(facts.copy):
             yield wrong("next_free", state.next_free, "0 or an arena")
 
     def _ring_is_open(self, copy: int) -> bool:
         return copy in self.survey.open_rings
 
-    def _binmap(self, facts: ArenaFacts) -> Iterator[Anomaly]:
+    def _filled_bins(self) -> dict[int | None, list[FreeList]]:
+        """The small and large bins that hold chunks, by arena."""
+        found: dict[int | None, list[FreeList]] = {}
+        for free_list in self.overlay.lists:
+            if free_list.count and free_list.kind in (ChunkState.SMALL_BIN, ChunkState.LARGE_BIN):
+                found.setdefault(free_list.arena, []).append(free_list)
+        return found
+
+    def _binmap(self, facts: ArenaFacts, bins: Sequence[FreeList]) -> Iterator[Anomaly]:
         """A bin with chunks whose bit is clear: malloc would not look into it. A set bit of an empty bin is cleared later."""
         if facts.state is None:
             return
@@ -152,11 +168,7 @@ class Integrity:
         except MemoryFault:
             return
         words = np.frombuffer(raw, "<u4").tolist()
-        for free_list in self.overlay.lists:
-            if free_list.arena != facts.index or not free_list.count:
-                continue
-            if free_list.kind not in (ChunkState.SMALL_BIN, ChunkState.LARGE_BIN):
-                continue
+        for free_list in bins:
             row, bit = divmod(free_list.number, BITS_OF_A_MAP_WORD)
             if not words[row] >> bit & 1:
                 yield Anomaly(

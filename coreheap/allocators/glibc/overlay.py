@@ -1,24 +1,32 @@
 """Lays the free lists over the walk: bins, fastbins and every thread's tcache.
 
-Knows: where each list's head is and which sizes belong on it. Does not know: how chunks were found (``walk``).
+Knows: what a list that was followed says. Does not know: where the heads are (``list_columns``), how chunks were found
+(``walk``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from coreheap.allocators.glibc.arenas import ArenaFacts
 from coreheap.allocators.glibc.cached_links import CachedLinks, Popped, common_key
-from coreheap.allocators.glibc.judgement import NOBODY, Judge
+from coreheap.allocators.glibc.judgement import Judge
+from coreheap.allocators.glibc.list_columns import (
+    NO_COUNT,
+    ListColumns,
+    bin_columns,
+    fastbin_columns,
+    is_initialised,
+    tcache_columns,
+)
 from coreheap.allocators.glibc.messages import Moment
-from coreheap.allocators.glibc.records import BIN_COUNT, Layout, UInt64s
+from coreheap.allocators.glibc.records import Layout
 from coreheap.allocators.glibc.structures import (
     PREV_INUSE,
     SAFE_LINKING_SHIFT,
     TcacheKey,
-    bin_numbers,
     tcache_bin_sizes,
 )
 from coreheap.allocators.glibc.tcache import Cache
@@ -41,13 +49,8 @@ from coreheap.kernels import (
 )
 from coreheap.quantities import AddressRange, format_address
 
-FIRST_LARGE_BIN = 64
 TCACHE_SMALL_BINS = 64
 MOST_HIDDEN = 64
-MOST_CACHED = 1 << 16
-"""More blocks than a tcache bin can count."""
-NO_COUNT = 1 << 62
-"""Stands for slots that no number of cached blocks leaves free: no list is so long."""
 
 LIST_ERROR_TEXTS = {
     ListError.WRONG_SIZE: ("a chunk of the list's sizes", "another size"),
@@ -88,52 +91,6 @@ ODD_NODES = frozenset({ListError.NOT_A_CHUNK_START, ListError.ALREADY_LISTED, Li
 """Errors of a node that is no free chunk of the list's own, but may have been put on it by a free."""
 
 
-@dataclass(slots=True)
-class ListColumns:
-    """Free lists to be followed, as columns; ``origin`` says for each where it belongs (arena or cache, number)."""
-
-    heads: list[int]
-    state: list[int]
-    low: list[int]
-    high: list[int]
-    sentinel: list[int]
-    expected: list[int]
-    origin: list[tuple[int | None, int | None, int]]
-    head_places: list[int]
-    """Where each list's head pointer lies."""
-    count_places: list[int]
-    """Where malloc's own count of each list lies, 0 where it keeps none."""
-    threads: list[int | None]
-
-    @classmethod
-    def empty(cls) -> ListColumns:
-        return cls([], [], [], [], [], [], [], [], [], [])
-
-    def add(
-        self,
-        head: int,
-        state: ChunkState,
-        low: int,
-        high: int,
-        sentinel: int,
-        expected: int,
-        origin: tuple[int | None, int | None, int],
-        head_place: int,
-        count_place: int = 0,
-        thread: int | None = None,
-    ) -> None:
-        self.heads.append(head)
-        self.state.append(int(state))
-        self.low.append(low)
-        self.high.append(min(high, (1 << 63) - 1))
-        self.sentinel.append(sentinel)
-        self.expected.append(expected)
-        self.origin.append(origin)
-        self.head_places.append(head_place)
-        self.count_places.append(count_place)
-        self.threads.append(thread)
-
-
 class Overlay:
     """Follows all free lists of a process and writes their states into the index."""
 
@@ -160,50 +117,17 @@ class Overlay:
 
     def bins(self, arenas: tuple[ArenaFacts, ...]) -> None:
         """Unsorted, small and large bins of every arena whose malloc_state was saved."""
-        lowest, highest = bin_numbers(self.layout.word_class)
-        columns = ListColumns.empty()
-        for arena in arenas:
-            # An arena that was never used has all its bins 0.
-            if arena.state is None or not arena.state.bins.any():
-                continue
-            self._own.append((arena.state.address, arena.state.address + self.layout.state.byte_count))
-            for number in range(1, BIN_COUNT + 1):
-                head, tail = (int(word) for word in arena.state.bins[2 * (number - 1) : 2 * number])
-                sentinel = self.layout.bin_header(arena.state.address, number)
-                if head == tail == sentinel:
-                    continue
-                kind = (
-                    ChunkState.UNSORTED_BIN
-                    if number == 1
-                    else ChunkState.SMALL_BIN
-                    if number < FIRST_LARGE_BIN
-                    else ChunkState.LARGE_BIN
-                )
-                columns.add(
-                    head,
-                    kind,
-                    int(lowest[number]),
-                    int(highest[number]),
-                    sentinel,
-                    -1,
-                    (arena.index, None, number),
-                    sentinel + 2 * self.geometry.word_bytes,
-                )
+        columns = bin_columns(self.layout, arenas)
+        self._own += [
+            (arena.state.address, arena.state.address + self.layout.state.byte_count)
+            for arena in arenas
+            if arena.state is not None and is_initialised(arena.state)
+        ]
         self._follow(columns, ListKind.DOUBLY, False, size_links_from=self.layout.word_class.bins.small_limit)
 
     def fastbins(self, arenas: tuple[ArenaFacts, ...]) -> None:
         """Fastbins of every arena whose malloc_state was saved (up to 2.42)."""
-        columns = ListColumns.empty()
-        for arena in arenas:
-            if arena.state is None:
-                continue
-            for number, head in enumerate(arena.state.fastbins.tolist()):
-                if head:
-                    size = self.layout.word_class.fastbin_chunk_bytes(number)
-                    place = (
-                        arena.state.address + self.layout.state.offset("fastbinsY") + number * self.geometry.word_bytes
-                    )
-                    columns.add(head, ChunkState.FASTBIN, size, size, 0, -1, (arena.index, None, number), place)
+        columns = fastbin_columns(self.layout, arenas)
         self._follow(columns, ListKind.SINGLY_HEADER, self.layout.generation.safe_linking)
 
     def tcaches(
@@ -213,45 +137,25 @@ class Overlay:
 
         The caches are numbered from ``first_number`` on. ``key_place`` is where tcache_key lies (2.34+), None where unknown.
         """
-        fields = self.layout.tcache
-        if fields is None:
+        if self.layout.tcache is None:
             return
-        columns = ListColumns.empty()
         self._slots = tcache_count
-        keys: list[int] = []
-        random_key = self._random_key(caches, key_place)
-        counted_from_one_less = self._tcaches_count_from_one_less(caches)
-        for number, cache in enumerate(caches, first_number):
-            low, high = tcache_bin_sizes(len(cache.state.entries), self.layout.word_class, counted_from_one_less)
-            for bin_number in np.flatnonzero(cache.state.entries).tolist():
-                count = int(cache.state.counts[bin_number])
-                by_address = self.layout.generation.tcache_key is TcacheKey.STRUCT_ADDRESS
-                keys.append(cache.address if by_address else random_key)
-                if self.layout.generation.tcache_counts_free_slots:
-                    used = (tcache_count or 0) - count
-                    count = -1 if tcache_count is None else used if 0 <= used < MOST_CACHED else NO_COUNT
-                columns.add(
-                    int(cache.state.entries[bin_number]),
-                    ChunkState.TCACHE,
-                    int(low[bin_number]),
-                    int(high[bin_number]),
-                    0,
-                    count,
-                    (None, number, bin_number),
-                    cache.address + fields.offset("entries") + bin_number * self.geometry.word_bytes,
-                    cache.address + fields.offset("counts") + bin_number * fields.fields["counts"].element_bytes,
-                    cache.thread if cache.thread is not None else NOBODY,
-                )
-        first_list = len(self.lists)
-        outcome = self._follow(
-            columns, ListKind.SINGLY_PAYLOAD, self.layout.generation.safe_linking, keys=np.array(keys, np.uint64)
+        by_address = self.layout.generation.tcache_key is TcacheKey.STRUCT_ADDRESS
+        columns = tcache_columns(
+            self.layout,
+            self.layout.tcache,
+            caches,
+            tcache_count,
+            first_number,
+            None if by_address else self._random_key(caches, key_place),
+            self._tcaches_count_from_one_less(caches),
         )
+        first_list = len(self.lists)
+        outcome = self._follow(columns, ListKind.SINGLY_PAYLOAD, self.layout.generation.safe_linking)
         if outcome is not None:
-            self._go_on_behind_odd_nodes(columns, outcome, keys, first_list)
+            self._go_on_behind_odd_nodes(columns, outcome, first_list)
 
-    def _go_on_behind_odd_nodes(
-        self, columns: ListColumns, outcome: OverlayOutcome, keys: list[int], first_list: int
-    ) -> None:
+    def _go_on_behind_odd_nodes(self, columns: ListColumns, outcome: OverlayOutcome, first_list: int) -> None:
         """As glibc does, follow a tcache list over a node that is no chunk of its own, where malloc's count bears it out."""
         for row, code, address, _holder, position, _place, _wanted in outcome.errors.tolist():
             if ListError(code) not in ODD_NODES:
@@ -259,7 +163,7 @@ class Overlay:
             is_header = ListError(code) is not ListError.NOT_A_CHUNK_START
             node = address + (self.geometry.header_bytes if is_header else 0)
             sizes = columns.low[row], columns.high[row]
-            chunks = self._links.blocks_behind(node, sizes, keys[row], columns.expected[row] - position - 1)
+            chunks = self._links.blocks_behind(node, sizes, columns.keys[row], columns.expected[row] - position - 1)
             if chunks:
                 rows = np.array(chunks, np.int64)
                 self.index.state[rows] = columns.state[row]
@@ -301,7 +205,6 @@ class Overlay:
         columns: ListColumns,
         kind: ListKind,
         safe_linking: bool,
-        keys: UInt64s | None = None,
         size_links_from: int = 0,
     ) -> OverlayOutcome | None:
         if not columns.heads:
@@ -319,30 +222,42 @@ class Overlay:
             safe_linking,
             self.geometry,
             ANOMALIES_KEPT,
-            keys,
+            np.array(columns.keys, np.uint64) if columns.keys else None,
             size_links_from,
         )
         self._record(columns, outcome)
         return outcome
 
     def _record(self, columns: ListColumns, outcome: OverlayOutcome) -> None:
-        for row, (arena, cache, number) in enumerate(columns.origin):
-            error = ListError(int(outcome.error_code[row]))
-            self.lists.append(
-                FreeList(
-                    ChunkState(columns.state[row]),
-                    number,
-                    arena,
-                    cache,
-                    columns.low[row],
-                    columns.high[row],
-                    int(outcome.count[row]),
-                    int(outcome.byte_count[row]),
-                    columns.expected[row] if 0 <= columns.expected[row] < NO_COUNT else None,
-                    "" if error is ListError.NONE else error.name.lower(),
-                    int(outcome.error_address[row]) if error is not ListError.NONE else None,
-                )
+        names = {int(error): error.name.lower() for error in ListError}
+        rows = zip(
+            columns.origin,
+            columns.state,
+            columns.low,
+            columns.high,
+            columns.expected,
+            outcome.count.tolist(),
+            outcome.byte_count.tolist(),
+            outcome.error_code.tolist(),
+            outcome.error_address.tolist(),
+            strict=True,
+        )
+        self.lists += [
+            FreeList(
+                ChunkState(state),
+                number,
+                arena,
+                cache,
+                low,
+                high,
+                count,
+                byte_count,
+                expected if 0 <= expected < NO_COUNT else None,
+                names[error] if error else "",
+                error_address if error else None,
             )
+            for (arena, cache, number), state, low, high, expected, count, byte_count, error, error_address in rows
+        ]
         self.anomaly_count += outcome.error_total
         self.open_lists += [
             (columns.origin[row][0], ChunkState(columns.state[row]), columns.origin[row][2])

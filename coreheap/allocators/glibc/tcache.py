@@ -215,13 +215,15 @@ def _links_of(memory: AddressSpace, layout: Layout, entries: UInt64s, owners: UI
 
 def caches_of_threads(core: Core, layout: Layout, addresses: npt.NDArray[np.uint64]) -> list[Cache]:
     """The tcache of each thread that has one, damaged ones too; ``addresses`` by thread index, 0 for none."""
-    caches = []
-    for thread, address in enumerate(addresses.tolist()):
-        if has_tcache_size(core.memory, layout, address):
-            try:
-                caches.append(Cache(address, thread, read_tcache(core.memory, address, layout)))
-            except MemoryFault:
-                continue
+    caches: list[Cache] = []
+    threads = np.flatnonzero(have_tcache_size(core.memory, layout, addresses))
+    for first in range(0, len(threads), ROWS_AT_ONCE):
+        some = threads[first : first + ROWS_AT_ONCE]
+        counts, entries, saved = _lists_at(core.memory, layout, addresses[some])
+        for row in np.flatnonzero(saved).tolist():
+            thread = int(some[row])
+            address = int(addresses[thread])
+            caches.append(Cache(address, thread, TcacheState(address, counts[row], entries[row])))
     return caches
 
 

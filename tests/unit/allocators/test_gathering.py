@@ -14,6 +14,7 @@ from coreheap.allocators.glibc.layouts import GENERATIONS, WORD_CLASSES
 from coreheap.allocators.glibc.records import Layout, read_tcache
 from coreheap.allocators.glibc.tcache import counts_agree
 from coreheap.corefile import Core, open_core
+from coreheap.corefile.gathering import rows_at
 from coreheap.errors import MemoryFault
 from tests.core_builder import CoreBuilder
 
@@ -43,6 +44,18 @@ def test_words_are_those_that_are_read_one_by_one(core: Core) -> None:
         in_one_run = any(start <= place and place + 8 <= start + PAGE for start in (BASE, BASE + PAGE, HIGH))
         assert is_saved is in_one_run
         assert value == (core.memory.read_word(place) if is_saved else 0)
+
+
+def test_rows_of_words_are_those_that_are_read_one_by_one(core: Core) -> None:
+    places = [0, *range(BASE - 24, BASE + 3 * PAGE, 40), HIGH + PAGE - 24, HIGH + PAGE - 16, (1 << 64) - 8]
+    rows, saved = rows_at(core.memory, np.array(places, np.uint64), 3)
+    for place, row, is_saved in zip(places, rows.tolist(), saved.tolist(), strict=True):
+        try:
+            expected = core.memory.read_words(place, 3).tolist()
+        except MemoryFault:
+            expected = None
+        assert is_saved is (expected is not None)
+        assert row == (expected or [0, 0, 0])
 
 
 def test_structures_are_those_that_are_read_one_by_one(core: Core) -> None:

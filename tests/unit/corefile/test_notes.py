@@ -65,6 +65,11 @@ def test_the_notes_of_each_thread_are_where_they_are(tmp_path: Path) -> None:
         state = thread.notes[1]
         assert raw[state.file_offset : state.file_offset + state.byte_count] == content
         assert state.owner == "LINUX"
+    rows, owner = core.thread_table.other_notes()
+    table = [
+        (number, core.thread_table.notes.row(row)) for row, number in zip(rows.tolist(), owner.tolist(), strict=True)
+    ]
+    assert table == [(thread.index, found) for thread in core.threads for found in thread.notes]
 
 
 def test_a_status_of_unknown_size_is_left_out_with_its_notes(tmp_path: Path) -> None:

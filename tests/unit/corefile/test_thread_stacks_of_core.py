@@ -11,7 +11,7 @@ import coreheap
 from coreheap.accounting.claims import Claims
 from coreheap.accounting.stacks import stack_claims
 from coreheap.corefile.stacks import Stacks, StackSource, find_stacks, stack_residency
-from coreheap.corefile.thread_storage import thread_storage
+from coreheap.corefile.thread_storage import thread_storages
 from coreheap.mappings import KINDS, MappingKind
 from tests.conftest import calls_of
 from tests.core_builder import CoreBuilder
@@ -308,8 +308,7 @@ def test_static_tls_by_both_kinds_of_dtv(machine: str, has_flag: bool, tmp_path:
     process.put(pointer + word if is_below else pointer, dtv)
     process.run(0)
     with coreheap.open(process.write(tmp_path)) as core:
-        storage = thread_storage(core, 1)
-    assert storage is not None
+        storage = thread_storages(core)[1]
     assert storage.dtv == dtv
     if is_below:
         assert storage.start == min(near)

@@ -29,8 +29,9 @@ DT_NULL, DT_STRTAB, DT_SYMTAB, DT_STRSZ, DT_SONAME, DT_DEBUG = 0, 5, 6, 10, 14, 
 _HEADER_64 = struct.Struct("<HHIQQQIHHHHHH")
 _HEADER_32 = struct.Struct("<HHIIIIIHHHHHH")
 _IDENT_BYTES: Final = 16
-SHT_NOBITS: Final = 8
+SHT_SYMTAB, SHT_DYNAMIC, SHT_NOTE, SHT_NOBITS, SHT_DYNSYM = 2, 6, 7, 8, 11
 SHF_EXECINSTR: Final = 4
+SHF_COMPRESSED: Final = 0x800
 SECTION_LIMIT: Final = 1 << 14
 SECTION_NAMES_BYTES: Final = 1 << 20
 _SECTION_INFO_64 = 44
@@ -66,17 +67,17 @@ _PROGRAM_HEADER: Final[dict[int, np.dtype[np.void]]] = {
 _SECTION_HEADER: Final[dict[int, np.dtype[np.void]]] = {
     64: np.dtype(
         {
-            "names": ["name", "kind", "flags", "file_offset", "byte_count"],
-            "formats": ["<u4", "<u4", "<u8", "<u8", "<u8"],
-            "offsets": [0, 4, 8, 24, 32],
+            "names": ["name", "kind", "flags", "file_offset", "byte_count", "link"],
+            "formats": ["<u4", "<u4", "<u8", "<u8", "<u8", "<u4"],
+            "offsets": [0, 4, 8, 24, 32, 40],
             "itemsize": 64,
         }
     ),
     32: np.dtype(
         {
-            "names": ["name", "kind", "flags", "file_offset", "byte_count"],
-            "formats": ["<u4"] * 5,
-            "offsets": [0, 4, 8, 16, 20],
+            "names": ["name", "kind", "flags", "file_offset", "byte_count", "link"],
+            "formats": ["<u4"] * 6,
+            "offsets": [0, 4, 8, 16, 20, 24],
             "itemsize": 40,
         }
     ),
@@ -142,9 +143,25 @@ class SectionHeaders:
     flags: Words
     file_offset: Words
     byte_count: Words
+    link: npt.NDArray[np.uint32]
+    """sh_link: of symbols and dynamic entries the section of their names."""
 
     def __len__(self) -> int:
         return len(self.name)
+
+    def place_of_kind(self, kind: int) -> tuple[int, int, int] | None:
+        """Offset, bytes and sh_link of the first section of a type that is not compressed, as its header claims them."""
+        rows = np.flatnonzero(self.kind == kind)[:1]
+        if not len(rows) or int(self.flags[rows[0]]) & SHF_COMPRESSED:
+            return None
+        row = rows[0]
+        return int(self.file_offset[row]), int(self.byte_count[row]), int(self.link[row])
+
+    def place_of_strings(self, number: int) -> tuple[int, int] | None:
+        """Offset and bytes of a section of names; None where it has no content in this file."""
+        if number >= len(self) or int(self.kind[number]) == SHT_NOBITS:
+            return None
+        return int(self.file_offset[number]), int(self.byte_count[number])
 
 
 def header_of(buffer: bytes | memoryview) -> ElfHeader | None:
@@ -223,6 +240,7 @@ def section_headers_of(data: Bytes, header: ElfHeader) -> SectionHeaders:
         flags=table["flags"].astype(np.uint64),
         file_offset=table["file_offset"].astype(np.uint64),
         byte_count=table["byte_count"].astype(np.uint64),
+        link=table["link"].astype(np.uint32),
     )
 
 

@@ -1,14 +1,12 @@
-"""Which function an address is in: symbol tables as columns, without an object for each symbol.
+"""Symbol tables as columns, without an object for each symbol: the rows of a file's tables, and which function an address is in.
 
 Knows: Elf_Sym, section headers, the dynamic symbol table as memory has it. Does not know: which file belongs to a module.
 
-``symbols.ElfFile`` answers by name, through a library that needs 25 us for each symbol. A backtrace asks few questions of tables
-with up to some 100,000 rows: numpy reads them in a few milliseconds.
+Few questions are asked of tables with up to some 100,000 rows: numpy reads them in a few milliseconds.
 """
 
 from __future__ import annotations
 
-import struct
 from typing import Final
 
 import numpy as np
@@ -23,10 +21,10 @@ ALIAS_LIMIT: Final = 32
 """Symbols with one address, and symbols nested in others, that are looked at."""
 LARGEST_LABEL: Final = 4096
 """So far a function reaches at most whose symbol has no size, as assembly's often have."""
-SHT_SYMTAB, SHT_DYNSYM = 2, 11
 _FUNCTION_KINDS: Final = (2, 10)
 """STT_FUNC, STT_GNU_IFUNC."""
 _SHN_LORESERVE: Final = 0xFF00
+"""Section numbers from here on are no sections: SHN_ABS (0xfff1) has no address that moves."""
 _ROWS: Final[dict[int, np.dtype[np.void]]] = {
     8: np.dtype(
         [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("section", "<u2"), ("value", "<u8"), ("size", "<u8")]
@@ -42,16 +40,21 @@ def row_bytes(word_bytes: int) -> int:
     return _ROWS[word_bytes].itemsize
 
 
+def defined_rows(rows: Bytes, word_bytes: int) -> npt.NDArray[np.void]:
+    """The symbols of a table that have an address, as records ``name``, ``info``, ``section``, ``value``, ``size``."""
+    layout = _ROWS[word_bytes]
+    count = min(len(rows) // layout.itemsize, ROW_LIMIT)
+    table: npt.NDArray[np.void] = np.frombuffer(rows[: count * layout.itemsize].tobytes(), layout)
+    defined: npt.NDArray[np.void] = table[(table["section"] != 0) & (table["section"] < _SHN_LORESERVE)]
+    return defined
+
+
 class FunctionTable:
     """The functions of one symbol table, by their addresses before relocation."""
 
     def __init__(self, rows: Bytes, strings: Bytes, word_bytes: int) -> None:
-        layout = _ROWS[word_bytes]
-        count = min(len(rows) // layout.itemsize, ROW_LIMIT)
-        table: npt.NDArray[np.void] = np.frombuffer(rows[: count * layout.itemsize].tobytes(), layout)
-        section = table["section"]
-        wanted = np.isin(table["info"] & 0xF, _FUNCTION_KINDS) & (section != 0) & (section < _SHN_LORESERVE)
-        table = table[wanted]
+        table = defined_rows(rows, word_bytes)
+        table = table[np.isin(table["info"] & 0xF, _FUNCTION_KINDS)]
         table = table[np.argsort(table["value"], kind="stable")]
         self._value = table["value"].astype(np.uint64)
         self._size = table["size"].astype(np.uint64)
@@ -97,21 +100,16 @@ def tables_of(data: Bytes) -> list[FunctionTable]:
     if header is None:
         return []
     sections = elf.section_headers_of(data, header)
-    link_at = 40 if header.bits == 64 else 24  # sh_link
     tables: list[FunctionTable] = []
-    for kind in (SHT_SYMTAB, SHT_DYNSYM):
-        for section in np.flatnonzero(sections.kind == kind)[:1].tolist():
-            place = header.section_header_offset + section * header.section_header_bytes + link_at
-            (link,) = struct.unpack("<I", data[place : place + 4].tobytes())
-            if link >= len(sections) or int(sections.kind[link]) == elf.SHT_NOBITS:
-                continue
-            strings = _section(data, sections, link)
-            table = FunctionTable(_section(data, sections, section), strings, header.word_bytes)
+    for kind in (elf.SHT_SYMTAB, elf.SHT_DYNSYM):
+        place = sections.place_of_kind(kind)
+        names = None if place is None else sections.place_of_strings(place[2])
+        if place is not None and names is not None:
+            table = FunctionTable(_part(data, *place[:2]), _part(data, *names), header.word_bytes)
             if len(table):
                 tables.append(table)
     return tables
 
 
-def _section(data: Bytes, sections: elf.SectionHeaders, number: int) -> Bytes:
-    start, size = int(sections.file_offset[number]), int(sections.byte_count[number])
-    return data[start : start + size] if start < len(data) else data[:0]
+def _part(data: Bytes, start: int, byte_count: int) -> Bytes:
+    return data[start : start + byte_count] if start < len(data) else data[:0]

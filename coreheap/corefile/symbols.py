@@ -1,13 +1,11 @@
 """Local ELF files of modules: build-id, symbols, the name of the debug file.
 
-Knows: how to open a file that may be anything, and how to ask pyelftools about it without trusting
-what the file claims. Does not know: whether the file belongs to a core (``modules`` verifies that by
-build-id first).
+Knows: how to open a file that may be anything, without trusting what it claims. Does not know: whether the file belongs
+to a core (``modules`` verifies that by build-id first).
 
-Segments and the build-id in them are read by ``elf``, the same code that reads them in a core's
-memory: that makes the two comparable, needs no section header to be intact, and costs 0.4 ms a
-candidate where pyelftools needs its import (70 ms) and 4 ms. All else is pyelftools', imported with
-the first question for a symbol; none of its types leaves this file.
+Segments and the build-id in them are read by ``elf``, the same code that reads them in a core's memory: that makes the
+two comparable and needs no section header to be intact. Symbol tables are columns: a program's own may have 100,000 rows,
+of which a few are asked for.
 """
 
 from __future__ import annotations
@@ -16,36 +14,26 @@ import lzma
 import mmap
 import os
 import stat
-import struct
-from bisect import bisect_right
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from coreheap.corefile import elf
-from coreheap.corefile.elf import Bytes, ElfHeader, ProgramHeaders
+from coreheap.corefile.elf import Bytes, ElfHeader, ProgramHeaders, SectionHeaders, Words
 from coreheap.corefile.file_guard import FileGuard
+from coreheap.corefile.function_symbols import defined_rows
 
 STT_OBJECT, STT_FUNC, STT_TLS, STT_GNU_IFUNC = 1, 2, 6, 10
 DYNSYM, SYMTAB, MINI_DEBUG_INFO = ".dynsym", ".symtab", "MiniDebugInfo"
 """Tables that a symbol may come from; the last is the one inside .gnu_debugdata."""
-_SHN_LORESERVE: Final = 0xFF00
-"""Section numbers from here on are no sections: SHN_ABS (0xfff1) has no address that moves."""
-SECTION_LIMIT: Final = 1 << 14
-SYMBOL_LIMIT: Final = 1 << 18
-"""Rows of a table that are walked: pyelftools needs 25 us for each, so 7 s at most."""
-READ_LIMIT: Final = 1 << 20
-SYMBOL_READ_LIMIT: Final = 12 * SYMBOL_LIMIT
-"""pyelftools reads a symbol field by field (6 reads) and its name by 64 bytes."""
 NOTE_LIMIT: Final = 1 << 16
 SONAME_LIMIT: Final = 256
+DYNAMIC_LIMIT: Final = 1 << 16
 MINI_DEBUG_INFO_LIMIT: Final = 256 << 20
-
-_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,35 +50,66 @@ class Symbol:
 
 
 class SymbolTable:
-    """Defined symbols by name and by address."""
+    """The defined symbols of one table by name and by address: columns, and an object for what is asked for."""
 
-    def __init__(self, symbols: Iterable[Symbol]) -> None:
-        self._by_name: dict[str, Symbol] = {}
-        defaults: list[tuple[str, Symbol]] = []
-        located: list[Symbol] = []
-        for symbol in symbols:
-            self._by_name.setdefault(symbol.name, symbol)
-            name, separator, _ = symbol.name.partition("@@")
-            if separator:
-                defaults.append((name, symbol))
-            if symbol.kind in (STT_OBJECT, STT_FUNC, STT_GNU_IFUNC):
-                located.append(symbol)
-        for name, symbol in defaults:
-            self._by_name.setdefault(name, symbol)
-        self._located = sorted(located, key=lambda symbol: symbol.value)
-        self._values = [symbol.value for symbol in self._located]
+    def __init__(
+        self, rows: Bytes, word_bytes: int, content: bytes | mmap.mmap, names: tuple[int, int], table: str
+    ) -> None:
+        """``names``: where the table of names begins and ends in ``content``."""
+        self._rows = defined_rows(rows, word_bytes)
+        self._content = content
+        self._names = names
+        self._table = table
 
     def find(self, name: str) -> Symbol | None:
         """The symbol of that name, of several versions the default one (``name@@VERSION``)."""
-        return self._by_name.get(name)
+        # Almost every module is asked for a name that it does not have.
+        for behind in (b"\0", b"@@"):
+            places = self._places_of(name.encode() + behind)
+            rows = np.flatnonzero(np.isin(self._rows["name"], places)) if places else np.zeros(0, np.intp)
+            if len(rows):
+                return self._symbol(int(rows[0]))
+        return None
 
     def containing(self, value: int) -> Symbol | None:
         """The function or object that holds a value; None between symbols."""
-        row = bisect_right(self._values, value) - 1
+        if not 0 <= value < 1 << 64:
+            return None
+        row = int(np.searchsorted(self._values, np.uint64(value), side="right")) - 1
         if row < 0:
             return None
-        symbol = self._located[row]
+        symbol = self._symbol(int(self._located[row]))
         return symbol if value < symbol.value + max(symbol.byte_count, 1) else None
+
+    @cached_property
+    def _located(self) -> npt.NDArray[np.intp]:
+        """Functions and objects by their values."""
+        located = np.flatnonzero(np.isin(self._rows["info"] & 0xF, (STT_OBJECT, STT_FUNC, STT_GNU_IFUNC)))
+        order = np.argsort(self._rows["value"][located], kind="stable")
+        return located[order]
+
+    @cached_property
+    def _values(self) -> Words:
+        values: Words = self._rows["value"][self._located].astype(np.uint64)
+        return values
+
+    def _places_of(self, text: bytes) -> list[int]:
+        """Where in the table of names a text stands: it may be the end of a longer name."""
+        start, end = self._names
+        places: list[int] = []
+        at = self._content.find(text, start, end)
+        while at >= 0:
+            places.append(at - start)
+            at = self._content.find(text, at + 1, end)
+        return places
+
+    def _symbol(self, row: int) -> Symbol:
+        found = self._rows[row]
+        start, end = self._names
+        at = min(start + int(found["name"]), end)
+        nul = self._content.find(b"\0", at, end)
+        name = bytes(self._content[at : end if nul < 0 else nul]).decode("utf-8", "replace")
+        return Symbol(name, int(found["value"]), int(found["size"]), int(found["info"]) & 0xF, self._table)
 
 
 class ElfFile:
@@ -106,7 +125,6 @@ class ElfFile:
         """Watches the mapping; None for content that is in memory."""
         self._header = header
         self._content = content
-        self._stream = _BoundedStream(content)
 
     @classmethod
     def open(cls, path: Path, origin: str = "") -> ElfFile | None:
@@ -152,22 +170,27 @@ class ElfFile:
             found = elf.build_id_of_notes(notes, int(segments.alignment[row]))
             if found:
                 return found
-        for section in self._sections:
-            if section["sh_type"] == "SHT_NOTE":
-                found = elf.build_id_of_notes(self._section_bytes(section, NOTE_LIMIT))
-                if found:
-                    return found
+        sections = self._sections
+        for row in np.flatnonzero(sections.kind == elf.SHT_NOTE).tolist():
+            found = elf.build_id_of_notes(
+                self._part(int(sections.file_offset[row]), min(int(sections.byte_count[row]), NOTE_LIMIT))
+            )
+            if found:
+                return found
         return None
 
     @cached_property
     def soname(self) -> str:
         """DT_SONAME, "" when there is none; its own text, not escaped."""
-        dynamic = self._section_of_type("SHT_DYNAMIC")
-        if dynamic is None:
+        dynamic = self._sections.place_of_kind(elf.SHT_DYNAMIC)
+        names = None if dynamic is None else self._sections.place_of_strings(dynamic[2])
+        if dynamic is None or names is None:
             return ""
-        self._stream.reads_left = READ_LIMIT
-        tag = self._ask(None, next, dynamic.iter_tags("DT_SONAME"), None)
-        return "" if tag is None else str(tag.soname)[:SONAME_LIMIT]
+        content = self._part(dynamic[0], min(dynamic[1], DYNAMIC_LIMIT))
+        at = elf.dynamic_entries(content, self._header.word_bytes).get(elf.DT_SONAME)
+        if at is None or at >= names[1]:
+            return ""
+        return self._part(names[0] + at, SONAME_LIMIT).partition(b"\0")[0].decode("utf-8", "replace")
 
     @cached_property
     def debug_link(self) -> str:
@@ -179,7 +202,7 @@ class ElfFile:
     @cached_property
     def is_debug_file(self) -> bool:
         """Whether its code is elsewhere (objcopy --only-keep-debug): good for symbols, not for the module's bytes."""
-        sections = elf.section_headers_of(self.data, self._header)
+        sections = self._sections
         return bool(((sections.kind == elf.SHT_NOBITS) & ((sections.flags & np.uint64(elf.SHF_EXECINSTR)) != 0)).any())
 
     def find_symbol(self, name: str) -> Symbol | None:
@@ -187,9 +210,7 @@ class ElfFile:
 
         Of an exported name with several versions it is any one.
         """
-        symbol = self._exported(name)
-        if symbol is None and self._may_name(self._symtab_section, name):
-            symbol = self._symtab.find(name)
+        symbol = self._dynsym.find(name) or self._symtab.find(name)
         if symbol is None and self._mini_debug_info is not None:
             symbol = _from_mini_debug_info(self._mini_debug_info.find_symbol(name))
         return symbol
@@ -201,61 +222,30 @@ class ElfFile:
             symbol = _from_mini_debug_info(self._mini_debug_info.symbol_containing(value))
         return symbol
 
-    def _exported(self, name: str) -> Symbol | None:
-        """A symbol of .dynsym, by its hash table as the dynamic linker finds it."""
-        for kind in ("SHT_GNU_HASH", "SHT_HASH"):
-            table = self._section_of_type(kind)
-            if table is not None:
-                self._stream.reads_left = READ_LIMIT
-                return _defined(self._ask(None, table.get_symbol, name), DYNSYM)
-        return self._dynsym.find(name) if self._may_name(self._dynsym_section, name) else None
-
-    def _may_name(self, section: Any, name: str) -> bool:
-        """Whether the name's bytes occur in the string table; almost every module is asked for a
-        name that it does not have, and shall not walk 100,000 symbols to say so."""
-        if section is None:
-            return False
-        size = len(self._content)
-        start = min(section.stringtable["sh_offset"], size)
-        end = min(start + section.stringtable["sh_size"], size)
-        # Tables share endings of names, so what comes before is open; behind may stand a version.
-        return any(self._content.find(name.encode() + behind, start, end) >= 0 for behind in (b"\0", b"@"))
-
-    @cached_property
-    def _symtab_section(self) -> Any:
-        return self._section_of_type("SHT_SYMTAB")
-
-    @cached_property
-    def _dynsym_section(self) -> Any:
-        return self._section_of_type("SHT_DYNSYM")
-
     @cached_property
     def _symtab(self) -> SymbolTable:
-        return self._symbols_of(self._symtab_section, SYMTAB)
+        return self._symbols_of(elf.SHT_SYMTAB, SYMTAB)
 
     @cached_property
     def _dynsym(self) -> SymbolTable:
-        return self._symbols_of(self._dynsym_section, DYNSYM)
+        return self._symbols_of(elf.SHT_DYNSYM, DYNSYM)
 
-    def _symbols_of(self, section: Any, table: str) -> SymbolTable:
-        """The defined symbols of a table, up to the first that cannot be read."""
-        symbols: list[Symbol] = []
-        if section is not None and not section.compressed:
-            self._stream.reads_left = SYMBOL_READ_LIMIT
-            for number in range(min(section.num_symbols(), SYMBOL_LIMIT)):
-                row = self._ask(None, section.get_symbol, number)
-                if row is None:
-                    break
-                symbol = _defined(row, table)
-                if symbol is not None:
-                    symbols.append(symbol)
-        return SymbolTable(symbols)
+    def _symbols_of(self, kind: int, table: str) -> SymbolTable:
+        """The symbols of the first table of a kind, as far as the file has it."""
+        place = self._sections.place_of_kind(kind)
+        names = None if place is None else self._sections.place_of_strings(place[2])
+        if place is None or names is None:
+            return SymbolTable(self.data[:0], self._header.word_bytes, b"", (0, 0), table)
+        size = len(self._content)
+        start, end = (min(offset, size) for offset in (names[0], sum(names)))
+        rows = self.data[min(place[0], size) : min(sum(place[:2]), size)]
+        return SymbolTable(rows, self._header.word_bytes, self._content, (start, end), table)
 
     @cached_property
     def _mini_debug_info(self) -> ElfFile | None:
         """The ELF file in .gnu_debugdata, an xz stream as Fedora's packages have it."""
-        section = self._section_named(".gnu_debugdata")
-        packed = self._section_bytes(section, MINI_DEBUG_INFO_LIMIT)
+        place = elf.section_place(self.data, self._header, b".gnu_debugdata")
+        packed = b"" if place is None else self._part(place[0], min(place[1], MINI_DEBUG_INFO_LIMIT))
         if not packed:
             return None
         try:
@@ -266,52 +256,12 @@ class ElfFile:
         return None if header is None else _MiniDebugInfo(self.path, unpacked, header)
 
     @cached_property
-    def _sections(self) -> tuple[Any, ...]:
-        """pyelftools' sections, without those that it cannot make sense of."""
-        from elftools.elf.elffile import ELFFile
+    def _sections(self) -> SectionHeaders:
+        return elf.section_headers_of(self.data, self._header)
 
-        stream: Any = self._stream
-        stream.reads_left = READ_LIMIT
-        elf_file: Any = self._ask(None, ELFFile, stream)
-        if elf_file is None:
-            return ()
-        count = min(self._ask(0, elf_file.num_sections), SECTION_LIMIT)
-        found = (self._ask(None, elf_file.get_section, number) for number in range(count))
-        return tuple(section for section in found if section is not None)
-
-    def _section_named(self, name: str) -> Any:
-        """The first section of that name that has content in this file, else None."""
-        return next((s for s in self._sections if s.name == name and s["sh_type"] != "SHT_NOBITS"), None)
-
-    def _section_of_type(self, kind: str) -> Any:
-        return next((section for section in self._sections if section["sh_type"] == kind), None)
-
-    def _section_bytes(self, section: Any, limit: int) -> bytes:
-        """The first ``limit`` bytes of a section.
-
-        Not ``section.data()``: that takes the size from the file's word and unpacks what is
-        compressed.
-        """
-        if section is None or section.compressed:
-            return b""
-        start = section["sh_offset"]
-        return self.data[start : start + min(section["sh_size"], limit)].tobytes()
-
-    def _ask(self, otherwise: _Answer, question: Callable[..., _Answer], *arguments: object) -> _Answer:
-        """What pyelftools answers, ``otherwise`` where it trips over a damaged file.
-
-        Beside its own error it lets pass what comes of numbers that it did not check;
-        tests/unit/corefile/test_symbols.py has a file for each.
-        """
-        from elftools.common.exceptions import ELFError
-
-        try:
-            return question(*arguments)
-        except (ELFError, _TooMuchToRead):
-            return otherwise
-        # Entry sizes of 0, string offsets past their table, entries cut short, and its asserts on section types.
-        except (ZeroDivisionError, IndexError, struct.error, AssertionError):
-            return otherwise
+    def _part(self, start: int, byte_count: int) -> bytes:
+        """So many bytes of the file from an offset, fewer where it ends before."""
+        return self.data[start : start + byte_count].tobytes() if start < len(self.data) else b""
 
 
 class _MiniDebugInfo(ElfFile):
@@ -320,53 +270,5 @@ class _MiniDebugInfo(ElfFile):
     _mini_debug_info = None
 
 
-class _TooMuchToRead(Exception):
-    """A table in a file claims more than the limit."""
-
-
-class _BoundedStream:
-    """The file as pyelftools reads it: past the end is empty, and the number of reads is limited.
-
-    pyelftools believes counts: of sections, hash buckets, chains that may go in a circle. All its
-    loops read, so this ends them.
-    """
-
-    def __init__(self, content: bytes | mmap.mmap) -> None:
-        self.reads_left = 0
-        self._content = content
-        self._position = 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: len(self._content)}
-        self._position = base[whence] + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, byte_count: int) -> bytes:
-        self.reads_left -= 1
-        if self.reads_left < 0:
-            raise _TooMuchToRead
-        start = self._position
-        part = self._content[start : start + max(byte_count, 0)]
-        self._position = start + len(part)
-        return part
-
-
 def _from_mini_debug_info(symbol: Symbol | None) -> Symbol | None:
     return None if symbol is None else replace(symbol, table=MINI_DEBUG_INFO)
-
-
-def _defined(symbol: Any, table: str) -> Symbol | None:
-    """A symbol of pyelftools as ours; None when it is undefined or no address."""
-    from elftools.elf.enums import ENUM_ST_INFO_TYPE
-
-    # Enum fields are names where pyelftools has one (SHN_UNDEF, STT_FUNC), else numbers.
-    if symbol is None:
-        return None
-    section, kind = symbol["st_shndx"], symbol["st_info"]["type"]
-    if isinstance(section, str) or section >= _SHN_LORESERVE:
-        return None
-    number = ENUM_ST_INFO_TYPE.get(kind, kind)
-    return Symbol(symbol.name, symbol["st_value"], symbol["st_size"], number, table)

@@ -23,7 +23,7 @@ from coreheap.errors import failure_here
 from coreheap.evidence import Gap
 from coreheap.forensics import DamageSurvey, find_damages
 from coreheap.free_memory import FreeMemoryReport
-from coreheap.heap import HeapSnapshot, StateTotals, sum_of_totals
+from coreheap.heap import NOTHING_LEFT_OUT, HeapSnapshot, StateTotals, sum_of_totals
 from coreheap.kernels import active_name
 from coreheap.knobs import read_settings
 from coreheap.mappings import ResidencyBasis
@@ -147,7 +147,8 @@ def analyze_with_references(core: Core, options: AnalysisOptions | None = None) 
     change = core.change
     if change:
         gaps += (Gap("core_changed", f"the core changed while it was read, {change}: numbers may not fit together"),)
-    is_partial = bool(change) or core.truncated or bool(heap is not None and heap.gaps) or bool(defects)
+    left_out = heap is not None and any(gap.cause not in NOTHING_LEFT_OUT for gap in heap.gaps)
+    is_partial = bool(change) or core.truncated or left_out or bool(defects)
     report = Report(
         tool_version=tool_version(),
         kernels=active_name,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from coreheap.evidence import Confidence, Evidence, Gap, Strength
-from coreheap.heap import ChunkState, HeapSnapshot, UnattributedRange
+from coreheap.heap import IN_KNOWN_BLOCKS, ChunkState, HeapSnapshot, UnattributedRange
 from coreheap.quantities import format_bytes, format_count
 
 MUCH_SHARE = 0.1
@@ -81,11 +81,12 @@ def _heap_doubts(heap: HeapSnapshot) -> Iterator[Doubt]:
             "the borders and states of chunks around them are not sure",
             _weight(damaged, whole),
         )
-    if heap.gaps:
-        causes = sorted({gap.cause for gap in heap.gaps})
+    gaps = [gap for gap in heap.gaps if not gap.cause.startswith(IN_KNOWN_BLOCKS)]
+    if gaps:
+        causes = sorted({gap.cause for gap in gaps})
         named = ", ".join(causes[:GAPS_NAMED]) + (", ..." if len(causes) > GAPS_NAMED else "")
         yield doubt(
-            f"{format_count(len(heap.gaps))} parts of the heap's own data are not in the core or unknown ({named})",
+            f"{format_count(len(gaps))} parts of the heap's own data are not in the core or unknown ({named})",
             "gaps",
             "chunks may be missing, or have another state",
         )

@@ -32,6 +32,11 @@ BATCH_WORDS = 1 << 14
 BATCH_ROWS = 1 << 18
 """Mmapped chunks a batch."""
 
+IN_KNOWN_BLOCKS = "block_"
+"""How the causes of gaps begin that are holes in known blocks: no chunk is missing there, and nothing of malloc's own data."""
+NOTHING_LEFT_OUT = ("block_unmapped", "block_other_mapping")
+"""Those where the process itself has no memory of malloc's any more."""
+
 
 LISTED_FREE_STATES = (
     ChunkState.TCACHE,

@@ -45,7 +45,6 @@ NOT_NOTICED = frozenset(
         "more_than_system_mem",
         "malloc_par_damaged",
         "mmapped_count_mismatch",
-        "mmapped_bytes_mismatch",
         "fastbin_content_changed",
         "bin_content_changed",
         "tcache_entry_without_count",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from coreheap.checks.protocol import Case
 from coreheap.evidence import Evidence, Strength, confidence_from
+from coreheap.heap import IN_KNOWN_BLOCKS
 from coreheap.quantities import format_bytes
 from coreheap.report import Finding, Quantity, Severity, Unit
 
@@ -12,6 +13,7 @@ UNKNOWN_THOUGH_SAVED = (
     "arenas_of_unknown_copy",
     "main_arena_unknown",
     "malloc_par_unknown",
+    "mmapped_chunks_differ",
     "other_malloc_copy",
     "piece_of_unknown_copy",
     "release_unknown",
@@ -25,7 +27,11 @@ def findings(case: Case) -> tuple[Finding, ...]:
     core, heap = case.core, case.heap
     left_out_bytes = core.memory.writable_bytes_not_saved()
     may_be_cut = core.truncated or left_out_bytes > 0
-    heap_gaps = [gap for gap in (heap.gaps if heap else ()) if may_be_cut or gap.cause not in UNKNOWN_THOUGH_SAVED]
+    heap_gaps = [
+        gap
+        for gap in (heap.gaps if heap else ())
+        if (may_be_cut or gap.cause not in UNKNOWN_THOUGH_SAVED) and not gap.cause.startswith(IN_KNOWN_BLOCKS)
+    ]
     if not core.truncated and not heap_gaps and (heap is not None or not left_out_bytes):
         return ()
     unattributed = sum(

@@ -22,7 +22,6 @@ TWO_SIDED = frozenset(
         "system_mem_damaged",
         "more_than_system_mem",
         "mmapped_count_mismatch",
-        "mmapped_bytes_mismatch",
         "top_not_at_end_of_brk",
     }
 )

@@ -50,7 +50,6 @@ OF_A_STRUCTURE = {
     "heap_info_damaged": DamagedPlace.HEAP_INFO,
     "malloc_par_damaged": DamagedPlace.MALLOC_PAR,
     "mmapped_count_mismatch": DamagedPlace.MALLOC_PAR,
-    "mmapped_bytes_mismatch": DamagedPlace.MALLOC_PAR,
     "mmapped_header_damaged": DamagedPlace.MMAPPED_HEADER,
     "tcache_entry_without_count": DamagedPlace.TCACHE_STRUCTURE,
     "tcache_count_too_high": DamagedPlace.TCACHE_STRUCTURE,

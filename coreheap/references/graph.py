@@ -170,9 +170,8 @@ def build_graph(
     progress("marking reachable chunks", 0, None)
     # What a chunk holds that was cut off is as unknown as a root that is missing.
     mapped = index.mmapped
-    missing = roots.missing_bytes + missing_bytes_within(
-        core, mapped.mapping_start, mapped.mapping_start + mapped.mapping_bytes
-    )
+    missing = roots.missing_bytes + missing_bytes_within(core, *_blocks_of(index))
+    missing += missing_bytes_within(core, mapped.mapping_start, mapped.mapping_start + mapped.mapping_bytes)
     no_registers = not len(core.thread_table)
     verdict, lost = _verdicts(
         _Follower(index, memory, mask, edges),
@@ -201,6 +200,15 @@ def _memory_with_content(core: Core) -> MemoryMap:
     memory = core.memory
     start, end, offset = memory.populated_runs()
     return MemoryMap(memory.file, start, end, offset)
+
+
+def _blocks_of(index: ChunkIndex) -> tuple[UInt64s, UInt64s]:
+    """Start and end of the regions without their top, in which nothing points anywhere."""
+    end = index.region_end.copy()
+    last = index.region_first_chunk + index.region_chunk_count - 1
+    at_top = np.flatnonzero(index.state[last] == ChunkState.TOP)
+    end[at_top] = chunk_extents(index, last[at_top])[0]
+    return index.region_start, end
 
 
 def _claimed(heap: HeapSnapshot) -> tuple[UInt64s, UInt64s]:

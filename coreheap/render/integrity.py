@@ -12,8 +12,8 @@ from enum import Enum
 
 from coreheap.crash import AbortKind
 from coreheap.damage import Damage, DamageKind
-from coreheap.evidence import Confidence
-from coreheap.heap import Arena, HeapSnapshot
+from coreheap.evidence import Confidence, Gap
+from coreheap.heap import IN_KNOWN_BLOCKS, Arena, HeapSnapshot
 from coreheap.quantities import format_bytes, format_count
 from coreheap.report import Finding, Report
 
@@ -129,7 +129,7 @@ def _verdict(
     doubts = (*_suspicions(report), *_not_looked_at(report, heap))
     if doubts:
         return Soundness.UNKNOWN, None, doubts
-    weakened = (*_refused(report), *(gap.consequence for gap in heap.gaps if gap.cause in HARMLESS_GAPS))
+    weakened = (*_refused(report), *(gap.consequence for gap in heap.gaps if _is_harmless(gap)))
     # Never certain: a write that left malloc's own data alone is not seen.
     return Soundness.SOUND, Confidence.STRONG, weakened
 
@@ -195,10 +195,14 @@ def _not_looked_at(report: Report, heap: HeapSnapshot) -> Iterator[str]:
         amount = f"; {format_bytes(lost)} could not be read as chunks" if lost else ""
         yield f"not all of {which} could be looked at{amount}"
     for gap in heap.gaps:
-        if gap.cause not in HARMLESS_GAPS:
+        if not _is_harmless(gap):
             yield gap.consequence
     for defect in report.defects[:3]:
         yield f"a part of the analysis failed, a defect of coreheap: {defect}"
+
+
+def _is_harmless(gap: Gap) -> bool:
+    return gap.cause in HARMLESS_GAPS or gap.cause.startswith(IN_KNOWN_BLOCKS)
 
 
 def _is_cut(arena: Arena) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coreheap.allocators.glibc.identify import Identification
-from coreheap.allocators.glibc.locate import mapping_end, touching_end
+from coreheap.allocators.glibc.locate import mapping_end
 from coreheap.allocators.glibc.records import (
     ArenaState,
     HeapInfo,
@@ -279,17 +279,20 @@ def _brk_range(
 ) -> AddressRange | None:
     """The contiguous main arena's memory, which is [sbrk_base, end of top) and system_mem long; None where nothing fits.
 
-    Where top lies in [sbrk_base, sbrk_base + system_mem) and all of that is mapped, it is top's size that is wrong: the
-    walk reports it. Where the three contradict each other otherwise, the range stays inside the mapping of whichever is
-    mapped, sbrk_base first.
+    Where top ends there, or where its header was not saved, that holds whatever the kernel has there by now: the program may have
+    protected pages, mapped over or unmapped them. Where top lies in [sbrk_base, sbrk_base + system_mem) and all of that is
+    mapped, it is top's size that is wrong: the walk reports it. Where the three contradict each other otherwise, the range stays
+    inside the memory of whichever is mapped, sbrk_base first.
     """
     end = state.top + top_bytes if state.top and top_bytes else 0
     start = sbrk_base or end - state.system_mem
     expected = start + state.system_mem
-    holds_top = end == expected or (sbrk_base and top_bytes is not None and start <= state.top < expected)
-    if holds_top and expected <= touching_end(core.memory, start):
-        return AddressRange(start, expected)
     mapped_end = mapping_end(core.memory, start)
+    holds_top = sbrk_base and start <= state.top < expected
+    if holds_top and (end == expected or top_bytes is None or expected <= mapped_end):
+        return AddressRange(start, expected)
+    if end == expected <= mapped_end:
+        return AddressRange(start, expected)
     if top_bytes and sbrk_base and start <= state.top < end == mapped_end:
         # top ends where the break does: it is system_mem that is wrong.
         anomalies.append(_wrong_system_mem(layout, state, end - start, index))

@@ -147,6 +147,7 @@ class Assembly:
                 *gaps,
                 *self.overlay.gaps,
                 *self._range_gaps(),
+                *(hole.gap for hole in self.walk.holes),
                 *mmapped.gaps,
                 *self._mmapped_gaps(),
                 *self.copies.gaps,

@@ -117,7 +117,7 @@ def _leads_somewhere(memory: AddressSpace, address: int, layout: Layout) -> bool
         words = [memory.read_word(address + layout.state.offset(name)) for name in ("next", "top")]
     except MemoryFault:
         return False
-    return bool(locate.mapped_writable(memory, np.array(words, np.uint64)).all())
+    return bool(locate.mapped_for_data(memory, np.array(words, np.uint64)).all())
 
 
 def _copy_at(search: Search, best: Identification, sightings: list[Sighting]) -> Identification | None:

@@ -21,6 +21,7 @@ from coreheap.allocators.glibc.records import (
     read_heap_info,
 )
 from coreheap.corefile import AddressSpace, Core
+from coreheap.corefile.regions import PROCESS_END, Backing
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Evidence, Strength
 from coreheap.kernels import (
@@ -34,6 +35,8 @@ from coreheap.quantities import format_address
 UInt64s = npt.NDArray[np.uint64]
 
 WRITABLE = 2
+HUGE_PAGES = b"/anon_hugepage"
+"""MAP_HUGETLB without a file (glibc.malloc.hugetlb): fs/hugetlbfs/inode.c, hugetlb_file_setup."""
 PLACES_BEHIND_PROGRAM = 2
 """Writable anonymous mappings behind the program that may be the brk heap: its bss comes first."""
 
@@ -80,19 +83,21 @@ class ArenaRing:
         return self.others if self.main is None else (self.main, *self.others)
 
 
-def mapped_writable(memory: AddressSpace, addresses: UInt64s) -> npt.NDArray[np.bool_]:
-    """For each address whether it lies in a writable region of the process, saved or not; bool[n]."""
+def mapped_for_data(memory: AddressSpace, addresses: UInt64s) -> npt.NDArray[np.bool_]:
+    """For each address whether malloc may have it: it lies in writable memory, saved or not, or in anonymous memory that was saved
+    and that nobody may write any more (mprotect); bool[n]."""
     position = np.searchsorted(memory.region_start, addresses, side="right") - 1
     inside: npt.NDArray[np.bool_] = position >= 0
     position = np.maximum(position, 0)
     if len(memory.region_start):
         inside &= addresses < memory.region_end[position]
-        inside &= (memory.region_flags[position] & WRITABLE) != 0
+        is_own = (memory.region_file_index[position] < 0) & (memory.region_backing[position] == Backing.SAVED)
+        inside &= ((memory.region_flags[position] & WRITABLE) != 0) | is_own
     return inside
 
 
 def sub_heap_headers(core: Core, layout: Layout, heap_max: int) -> tuple[HeapInfo, ...]:
-    """Every plausible heap_info at a multiple of ``heap_max`` in saved writable memory with content, by address.
+    """Every plausible heap_info at a multiple of ``heap_max`` in saved memory with content that malloc may have, by address.
 
     The first four fields are alike in all releases (2.12-2.44), so the layout decides nothing here.
     """
@@ -104,7 +109,7 @@ def sub_heap_headers(core: Core, layout: Layout, heap_max: int) -> tuple[HeapInf
     headers: list[HeapInfo] = []
     for begin, stop in zip(first[hit].tolist(), end[hit].tolist(), strict=True):
         multiples = np.arange(begin, stop, heap_max, dtype=np.uint64)
-        for address in multiples[mapped_writable(memory, multiples)].tolist():
+        for address in multiples[mapped_for_data(memory, multiples)].tolist():
             try:
                 info = read_heap_info(memory, address, layout)
             except MemoryFault:
@@ -312,7 +317,12 @@ def heap_behind_program(core: Core, layout: Layout) -> list[tuple[int, int]]:
         return []
     starts, ends = anonymous_mappings(core.memory)
     behind = np.flatnonzero(starts >= np.uint64(program.end))[:PLACES_BEHIND_PROGRAM]
-    for start, end in zip(starts[behind].tolist(), ends[behind].tolist(), strict=True):
+    places = [
+        (place, place_end)
+        for place, own_end in zip(starts[behind].tolist(), ends[behind].tolist(), strict=True)
+        for place_end in dict.fromkeys((own_end, mapping_end(core.memory, place)))
+    ]
+    for start, end in places:
         runs = joined(core.memory.saved_runs_within(start, end))
         base = layout.aligned_header(start)
         if not runs or runs[0][0] != start or runs[0][1] <= base:
@@ -338,54 +348,79 @@ def heap_behind_program(core: Core, layout: Layout) -> list[tuple[int, int]]:
     return []
 
 
+def anonymous_memory(memory: AddressSpace) -> tuple[UInt64s, UInt64s]:
+    """Starts and ends of the stretches of anonymous memory that a program wrote or may write, by address.
+
+    What touches is one: the kernel makes a mapping of its own wherever protection, advice, a lock or a name differ, and joins
+    what is alike, whoever asked for it (mm/vma.c, vma_merge). So a border of a mapping is no border of what malloc asked for, and
+    a page that nobody may write (any more) is malloc's all the same where its content was saved.
+    """
+    return _joined_rows(memory, lambda start, end, segment: start[1:] != end[:-1])
+
+
 def anonymous_mappings(memory: AddressSpace) -> tuple[UInt64s, UInt64s]:
-    """Starts and ends of the writable anonymous mappings, by address; saved and missing parts of one are one."""
-    chosen = np.flatnonzero(((memory.region_flags & WRITABLE) != 0) & (memory.region_file_index < 0))
+    """As ``anonymous_memory``, cut at the borders of the kernel's mappings; saved and missing parts of one are one."""
+    return _joined_rows(memory, lambda start, end, segment: (start[1:] != end[:-1]) | (segment[1:] != segment[:-1]))
+
+
+def _joined_rows(
+    memory: AddressSpace, separates: Callable[[UInt64s, UInt64s, npt.NDArray[np.int32]], npt.NDArray[np.bool_]]
+) -> tuple[UInt64s, UInt64s]:
+    has_content = ((memory.region_flags & WRITABLE) != 0) | (memory.region_backing == Backing.SAVED)
+    is_anonymous = (memory.region_file_index < 0) | is_named_anonymous(memory)
+    chosen = np.flatnonzero(has_content & is_anonymous & (memory.region_end <= np.uint64(PROCESS_END)))
     start, end = memory.region_start[chosen], memory.region_end[chosen]
     if not len(chosen):
         return start, end
-    segment = memory.region_segment[chosen]
     begins = np.ones(len(chosen), bool)
-    begins[1:] = (start[1:] != end[:-1]) | (segment[1:] != segment[:-1])
+    begins[1:] = separates(start, end, memory.region_segment[chosen])
     first = np.flatnonzero(begins)
-    return start[first], end[np.append(first[1:], len(chosen)) - 1]
+    return start[first], end[np.append(first[1:], len(start)) - 1]
+
+
+def is_named_anonymous(memory: AddressSpace) -> npt.NDArray[np.bool_]:
+    """For each region whether NT_FILE has a name for it though it is anonymous: MAP_HUGETLB without a file; bool[regions]."""
+    named = [path.startswith(HUGE_PAGES) for path in memory.mapped_files.raw_paths]
+    is_named: npt.NDArray[np.bool_] = np.array([*named, False])[memory.region_file_index]  # -1, no file, is the last
+    return is_named
+
+
+def windows_within(memory: AddressSpace, start: int, end: int) -> list[tuple[int, int]]:
+    """The parts of [start, end) that show a file or shared memory: mapped over what was there (MAP_FIXED)."""
+    first, last = (
+        np.searchsorted(memory.region_end, np.uint64(start), side="right"),
+        np.searchsorted(memory.region_start, np.uint64(end)),
+    )
+    rows = slice(int(first), int(last))
+    shows = (memory.region_file_index[rows] >= 0) & ~is_named_anonymous(memory)[rows]
+    low, high = memory.region_start[rows][shows], memory.region_end[rows][shows]
+    return joined([(max(a, start), min(b, end)) for a, b in zip(low.tolist(), high.tolist(), strict=True)])
 
 
 def mapping_end(memory: AddressSpace, address: int) -> int:
-    """Where the writable anonymous mapping that holds an address ends; the address itself where none does."""
-    return _end_of(*anonymous_mappings(memory), address)
-
-
-def mapping_start(memory: AddressSpace, address: int) -> int:
-    """Where the writable anonymous mapping that holds an address begins; the address itself where none does."""
-    starts, ends = anonymous_mappings(memory)
-    row = int(np.searchsorted(starts, np.uint64(address), side="right")) - 1 if 0 <= address < 1 << 64 else -1
-    return int(starts[row]) if row >= 0 and address < int(ends[row]) else address
-
-
-def touching_end(memory: AddressSpace, address: int) -> int:
-    """Where writable anonymous memory without a gap ends, from an address on; several mappings may share it.
-
-    A break that grows after fork becomes a mapping of its own: the kernel joins none whose anon_vma are not single
-    (mm/mmap.c, is_mergeable_anon_vma).
-    """
-    starts, ends = anonymous_mappings(memory)
-    if not len(starts):
-        return address
-    begins = np.flatnonzero(np.concatenate(([True], starts[1:] != ends[:-1])))
-    return _end_of(starts[begins], ends[np.append(begins[1:], len(starts)) - 1], address)
-
-
-def _end_of(starts: UInt64s, ends: UInt64s, address: int) -> int:
+    """Where anonymous memory without a gap ends, from an address on; the address itself where it is in none."""
+    starts, ends = anonymous_memory(memory)
     if not 0 <= address < 1 << 64:
         return address
     row = int(np.searchsorted(starts, np.uint64(address), side="right")) - 1
     return max(address, int(ends[row])) if row >= 0 else address
 
 
+def mappings_up_to(memory: AddressSpace, address: int) -> list[int]:
+    """Starts of the mappings of the stretch of anonymous memory that holds an address, up to it; empty where none does."""
+    if not 0 <= address < 1 << 64:
+        return []
+    starts, ends = anonymous_memory(memory)
+    row = int(np.searchsorted(starts, np.uint64(address), side="right")) - 1
+    if row < 0 or address >= int(ends[row]):
+        return []
+    all_starts = anonymous_mappings(memory)[0]
+    return list(map(int, all_starts[(all_starts >= starts[row]) & (all_starts <= np.uint64(address))]))
+
+
 def anonymous_ranges(core: Core, excluded: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Writable anonymous mappings less the excluded ranges, by address."""
-    starts, ends = (column.tolist() for column in anonymous_mappings(core.memory))
+    """Stretches of anonymous memory less the excluded ranges, by address."""
+    starts, ends = (column.tolist() for column in anonymous_memory(core.memory))
     cuts = sorted(excluded)
     result: list[tuple[int, int]] = []
     position = 0

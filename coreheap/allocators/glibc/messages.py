@@ -210,7 +210,6 @@ RULES: dict[str, Rule] = {
     # sysmalloc_mmap counts a chunk after its header is written, munmap_chunk before it is unmapped.
     "mmapped_header_damaged": Rule(Confidence.STRONG, Moment.NEVER),
     "mmapped_count_mismatch": Rule(Confidence.PLAUSIBLE, Moment.BETWEEN_STEPS),
-    "mmapped_bytes_mismatch": Rule(Confidence.PLAUSIBLE, Moment.BETWEEN_STEPS),
     "tcache_count_too_high": Rule(Confidence.STRONG, Moment.BETWEEN_STORES),
     "tcache_entry_without_count": Rule(Confidence.STRONG, Moment.BETWEEN_STORES),
     "fastbin_content_changed": Rule(Confidence.STRONG, Moment.BETWEEN_STORES),

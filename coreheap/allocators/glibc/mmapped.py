@@ -7,19 +7,20 @@ sysmalloc_mmap and munmap_chunk, 2.12-2.44). Does not know: arenas.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import chain, combinations, islice
 
 import numpy as np
 import numpy.typing as npt
 
-from coreheap.allocators.glibc.gathering import words_at
-from coreheap.allocators.glibc.locate import anonymous_ranges, joined
+from coreheap.allocators.glibc.holes import holes_within
+from coreheap.allocators.glibc.locate import anonymous_ranges
+from coreheap.allocators.glibc.mmapped_headers import bytes_of, headers_that_fit, with_remapped, with_torn
 from coreheap.allocators.glibc.records import Layout
-from coreheap.allocators.glibc.structures import FLAGS, IS_MMAPPED
+from coreheap.allocators.glibc.structures import IS_MMAPPED
 from coreheap.corefile import AddressSpace, Core
 from coreheap.evidence import Anomaly, Evidence, Gap, Strength
-from coreheap.kernels import MmappedChunks, find_mmapped_chunks, no_mmapped_chunks
+from coreheap.kernels import MmappedChunks
 from coreheap.quantities import AddressRange, format_bytes
 
 MOST_SURPLUS = 3
@@ -54,12 +55,27 @@ def find_mmapped(
     """Chunks with mappings of their own in anonymous memory outside ``excluded``.
 
     Looks only at pages that the core file has content for. Where more headers fit than n_mmaps counts, the surplus is
-    dropped when mp_'s counters leave one choice only; otherwise all are kept and the contradiction is an anomaly, which
+    dropped when mp_'s counters leave one choice only; otherwise all are kept and the contradiction is a gap, or an anomaly that
     names the counter at ``counter_places`` (of n_mmaps and mmapped_mem, None where there are several copies of malloc). A
-    mapping that was not saved to its end is left out with a gap: memalign may have put the chunk's header further in.
+    mapping that was not saved to its end is left out with a gap where memalign may have put the chunk's header further in.
     """
-    found = _with_remapped(core, layout, excluded, _headers_that_fit(core, layout, excluded), n_mmaps, mmapped_mem)
-    whole = _is_saved_to_its_end(core.memory, found)
+    findings = _held_against_counters(core, layout, excluded, n_mmaps, mmapped_mem, counter_places)
+    return replace(findings, gaps=(*findings.gaps, *_holes_of(core.memory, findings.chunks)))
+
+
+def _held_against_counters(
+    core: Core,
+    layout: Layout,
+    excluded: list[tuple[int, int]],
+    n_mmaps: int | None,
+    mmapped_mem: int | None,
+    counter_places: tuple[int, int] | None,
+) -> MmappedFindings:
+    found = headers_that_fit(core, layout, anonymous_ranges(core, excluded))
+    found = with_remapped(core, layout, excluded, found, n_mmaps, mmapped_mem)
+    found = with_torn(core, layout, excluded, found, n_mmaps, mmapped_mem)
+    is_saved = _is_saved_to_its_end(core.memory, found)
+    whole = is_saved | _begins_where_it_says(core, layout, found, ~is_saved)
     gaps = tuple(
         Gap(
             "mmapped_chunk_cut",
@@ -74,12 +90,12 @@ def find_mmapped(
     exact = not layout.generation.mmapped_mem_drifts
     evidence: list[Evidence] = []
     if n_mmaps is not None and mmapped_mem is not None and len(found) > n_mmaps:
-        surplus_bytes = int(found.mapping_bytes.sum()) - mmapped_mem
+        surplus_bytes = bytes_of(found) - mmapped_mem
         if not exact:
             # mremap leaves mmapped_mem some words too high (2.43, 2.44); mappings are whole pages.
             surplus_bytes += -surplus_bytes % core.page_bytes
         found, evidence = _without_surplus(core, found, len(found) - n_mmaps, surplus_bytes)
-    total = int(found.mapping_bytes.sum())
+    total = bytes_of(found)
     if n_mmaps == len(found) and mmapped_mem == total and n_mmaps:
         evidence.append(
             Evidence(
@@ -97,12 +113,12 @@ def find_mmapped(
         repaired = _with_one_bit_repaired(core, excluded, found, missing_bytes - missing_bytes % core.page_bytes)
         if repaired is not None:
             return MmappedFindings(repaired[0], (repaired[1],), tuple(evidence), gaps)
-    return MmappedFindings(
-        found,
-        _contradictions(found, n_mmaps, mmapped_mem if exact else None, counter_places) if not gaps else (),
-        tuple(evidence),
-        gaps,
-    )
+    if gaps or n_mmaps is None or mmapped_mem is None:
+        return MmappedFindings(found, (), tuple(evidence), gaps)
+    # Where mremap lets mmapped_mem drift, it is some words too high: whole pages are what is mapped.
+    counted = mmapped_mem if exact else mmapped_mem - mmapped_mem % core.page_bytes
+    anomalies, doubts = _contradictions(found, n_mmaps, counted, exact, counter_places)
+    return MmappedFindings(found, anomalies, tuple(evidence), doubts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,108 +235,6 @@ def _with_row(found: MmappedChunks, missing: _Missing, layout: Layout) -> Mmappe
     )
 
 
-def _headers_that_fit(core: Core, layout: Layout, excluded: list[tuple[int, int]]) -> MmappedChunks:
-    memory = core.memory
-    tables = []
-    for start, end in anonymous_ranges(core, excluded):
-        position = start
-        for saved_start, saved_end in joined(memory.saved_runs_within(start, end)):
-            for extent_start, extent_end in joined(memory.populated_extents(saved_start, saved_end)):
-                first = max(position, extent_start)
-                if first >= extent_end:
-                    continue
-                table = find_mmapped_chunks(
-                    memory.view(first, saved_end),
-                    first,
-                    layout.geometry,
-                    core.page_bytes,
-                    layout.mmapped_trailer_bytes,
-                    region_bytes=end - first,
-                    scan_bytes=extent_end - first,
-                )
-                if len(table):
-                    tables.append(table)
-                    position = int(table.mapping_start[-1] + table.mapping_bytes[-1])
-    if not tables:
-        return no_mmapped_chunks()
-    return MmappedChunks(
-        np.concatenate([table.header_address for table in tables]),
-        np.concatenate([table.mapping_start for table in tables]),
-        np.concatenate([table.mapping_bytes for table in tables]),
-        np.concatenate([table.chunk_bytes for table in tables]),
-    )
-
-
-def _with_remapped(
-    core: Core,
-    layout: Layout,
-    excluded: list[tuple[int, int]],
-    found: MmappedChunks,
-    n_mmaps: int | None,
-    mmapped_mem: int | None,
-) -> MmappedChunks:
-    """The table with chunks of memalign that realloc changed, where mp_ counts other chunks than were found.
-
-    The header that memalign left at the start of such a mapping has its old size, and once mremap has moved it, the payload is
-    aligned to a page only. The real header leads over whole pages back to the start. Taken only where all then adds up.
-    """
-    if n_mmaps is None or mmapped_mem is None or (len(found) == n_mmaps and _bytes_of(found) == mmapped_mem):
-        return found
-    deep = _headers_deep_in_mappings(core, layout, excluded)
-    if not len(deep):
-        return found
-    taken = zip(deep.mapping_start.tolist(), (deep.mapping_start + deep.mapping_bytes).tolist(), strict=True)
-    others = _headers_that_fit(core, layout, [*excluded, *taken])
-    order = np.argsort(np.concatenate([deep.mapping_start, others.mapping_start]))
-    table = MmappedChunks(
-        np.concatenate([deep.header_address, others.header_address])[order],
-        np.concatenate([deep.mapping_start, others.mapping_start])[order],
-        np.concatenate([deep.mapping_bytes, others.mapping_bytes])[order],
-        np.concatenate([deep.chunk_bytes, others.chunk_bytes])[order],
-    )
-    # Where mremap lets mmapped_mem drift, it is some words too high for each: then the count decides.
-    adds_up = _bytes_of(table) == mmapped_mem or (
-        layout.generation.mmapped_mem_drifts and _bytes_of(table) < mmapped_mem
-    )
-    return table if len(table) == n_mmaps and adds_up else found
-
-
-def _bytes_of(table: MmappedChunks) -> int:
-    return int(table.mapping_bytes.sum())
-
-
-def _headers_deep_in_mappings(core: Core, layout: Layout, excluded: list[tuple[int, int]]) -> MmappedChunks:
-    """Headers whose payload begins at a page and that lead one page or more back to the start of their mapping.
-
-    Sorted by mapping; of those that overlap the first.
-    """
-    memory, geometry = core.memory, layout.geometry
-    page, word, trailer = np.uint64(core.page_bytes), core.word_bytes, np.uint64(layout.mmapped_trailer_bytes)
-    parts = [np.zeros((0, 4), np.uint64)]
-    for start, end in anonymous_ranges(core, excluded):
-        for first, last in joined(memory.populated_extents(start, end)):
-            begin = first - first % core.page_bytes
-            headers = np.arange(begin + core.page_bytes, last + 1, core.page_bytes, dtype=np.uint64)
-            headers -= np.uint64(geometry.header_bytes)
-            lead, lead_saved = words_at(memory, headers)
-            size_word, size_saved = words_at(memory, headers + np.uint64(word))
-            fits = lead_saved & size_saved & (size_word & np.uint64(FLAGS) == np.uint64(IS_MMAPPED))
-            headers, lead, size = headers[fits], lead[fits], size_word[fits] & np.uint64(~FLAGS & (1 << 64) - 1)
-            if trailer:
-                lead &= np.uint64(~1 & (1 << 64) - 1)  # whether the mapping is of huge pages
-            room = np.uint64(end) - headers
-            inside = (lead >= page) & (lead <= headers - np.uint64(start)) & (size <= room) & (size + trailer <= room)
-            inside &= ((headers - lead) % page == 0) & ((lead + size + trailer) % page == 0)
-            inside &= size >= np.uint64(geometry.minimum_chunk_bytes)
-            headers, lead, size = headers[inside], lead[inside], size[inside]
-            parts.append(np.stack([headers, headers - lead, lead + size + trailer, size], axis=1))
-    table = np.concatenate(parts)
-    table = table[np.argsort(table[:, 1], kind="stable")]
-    reach = np.maximum.accumulate(np.concatenate([np.zeros(1, np.uint64), table[:, 1] + table[:, 2]]))[:-1]
-    header, start_of_mapping, mapping_bytes, size = np.ascontiguousarray(table[table[:, 1] >= reach].T)
-    return MmappedChunks(header, start_of_mapping, mapping_bytes, size)
-
-
 def _is_saved_to_its_end(memory: AddressSpace, found: MmappedChunks) -> npt.NDArray[np.bool_]:
     """For each mapping whether the core holds every byte of it; bool[n]."""
     if not len(found) or not len(memory.run_start):
@@ -336,6 +250,34 @@ def _is_saved_to_its_end(memory: AddressSpace, found: MmappedChunks) -> npt.NDAr
     end = found.mapping_start + found.mapping_bytes
     whole: npt.NDArray[np.bool_] = saved_below(end) - saved_below(found.mapping_start) == found.mapping_bytes
     return whole
+
+
+def _holes_of(memory: AddressSpace, found: MmappedChunks) -> list[Gap]:
+    """What of the chunks' mappings is not in the core or not theirs any more; of the first GAPS_KEPT chunks with such."""
+    start, end = found.mapping_start, found.mapping_start + found.mapping_bytes
+    shows_file = np.concatenate([[0], np.cumsum(memory.region_file_index >= 0)])
+    first = np.searchsorted(memory.region_end, start, side="right")
+    is_covered = shows_file[np.searchsorted(memory.region_start, end)] > shows_file[first]
+    torn = np.flatnonzero(~_is_saved_to_its_end(memory, found) | is_covered)[:GAPS_KEPT]
+    holes = (holes_within(memory, *place) for place in zip(start[torn].tolist(), end[torn].tolist(), strict=True))
+    return [hole.gap for hole in islice(chain.from_iterable(holes), GAPS_KEPT)]
+
+
+def _begins_where_it_says(
+    core: Core, layout: Layout, found: MmappedChunks, rows: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    """Which chunks of the rows have no header further in, though not all of their mapping is saved; bool[n].
+
+    memalign's header names what it left before it, so that there is no other; a header at the start of a mapping is the chunk's
+    where a word of the core leads to its payload.
+    """
+    phase = np.uint64(layout.aligned_header(0))
+    is_memaligned = rows & (found.header_address - found.mapping_start > phase)
+    asked = np.flatnonzero(rows & ~is_memaligned)
+    proven = is_memaligned
+    if len(asked) and core.memory.saved_bytes <= REFERENCE_SCAN_LIMIT:
+        proven[asked] = ~_unpointed(core.memory, found.header_address[asked] + np.uint64(2 * core.word_bytes))
+    return proven
 
 
 def _rows(table: MmappedChunks, keep: npt.NDArray[np.bool_]) -> MmappedChunks:
@@ -411,33 +353,30 @@ def _unpointed(memory: AddressSpace, payload: npt.NDArray[np.uint64]) -> npt.NDA
 
 
 def _contradictions(
-    found: MmappedChunks, n_mmaps: int | None, mmapped_mem: int | None, places: tuple[int, int] | None
-) -> tuple[Anomaly, ...]:
-    """What does not agree with mp_: the count, and the bytes where the release keeps them exactly."""
-    place = int(found.header_address[0]) if len(found) else 0
-    if n_mmaps is not None and len(found) != n_mmaps:
-        return (
-            Anomaly(
-                "mmapped_count_mismatch",
-                place,
-                f"{n_mmaps} mmapped chunks (mp_.n_mmaps)",
-                f"{len(found)} headers that fit",
-                word_address=places[0] if places is not None else None,
-                observed_word=n_mmaps,
-                expected_word=len(found),
-            ),
+    found: MmappedChunks, n_mmaps: int, mmapped_mem: int, is_exact: bool, places: tuple[int, int] | None
+) -> tuple[tuple[Anomaly, ...], tuple[Gap, ...]]:
+    """What does not agree with mp_.
+
+    Only where the bytes agree and the count does not is it the count that is wrong. Else chunks may be hidden from the search, or
+    what was found be none: that is a gap, and no word against mp_.
+    """
+    total = bytes_of(found)
+    if n_mmaps == len(found) and (mmapped_mem == total or not is_exact):
+        return (), ()
+    if mmapped_mem == total:
+        anomaly = Anomaly(
+            "mmapped_count_mismatch",
+            int(found.header_address[0]) if len(found) else 0,
+            f"{n_mmaps} mmapped chunks (mp_.n_mmaps)",
+            f"{len(found)} headers that fit",
+            word_address=places[0] if places is not None else None,
+            observed_word=n_mmaps,
+            expected_word=len(found),
         )
-    total = int(found.mapping_bytes.sum())
-    if mmapped_mem is not None and total != mmapped_mem:
-        return (
-            Anomaly(
-                "mmapped_bytes_mismatch",
-                place,
-                f"{format_bytes(mmapped_mem)} in mmapped chunks (mp_.mmapped_mem)",
-                f"mappings of {format_bytes(total)}",
-                word_address=places[1] if places is not None else None,
-                observed_word=mmapped_mem,
-                expected_word=total,
-            ),
-        )
-    return ()
+        return (anomaly,), ()
+    gap = Gap(
+        "mmapped_chunks_differ",
+        f"mp_ counts {n_mmaps} mmapped chunks of {format_bytes(mmapped_mem)}, {len(found)} of {format_bytes(total)} were found:"
+        " chunks may be missing, or be something else",
+    )
+    return (), (gap,)

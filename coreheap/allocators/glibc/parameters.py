@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from coreheap.allocators.glibc.locate import ArenaRing, Sighting, mapped_writable, mapping_start
+from coreheap.allocators.glibc.locate import ArenaRing, Sighting, mapped_for_data, mappings_up_to
 from coreheap.allocators.glibc.records import Layout, read_arena, read_parameters
 from coreheap.corefile import AddressSpace, Core
 from coreheap.errors import MemoryFault
@@ -65,8 +65,8 @@ def _parameter_scores(core: Core, layout: Layout, ring: ArenaRing, first: int, l
             size_word = memory.read_word(state.top + word) if state.top else 0
             top_end = state.top + (size_word & ~7)
             if state.is_contiguous:
-                # A damaged top or system_mem says nothing of where the break began; the mapping that top lies in still does.
-                starts_of_brk = [top_end - state.system_mem, mapping_start(memory, state.top)]
+                # A damaged top or system_mem says nothing of where the break began; a mapping up to the one that top lies in still does.
+                starts_of_brk = [top_end - state.system_mem, *mappings_up_to(memory, state.top)]
         except MemoryFault:
             starts_of_brk = []
     best: tuple[int, float] | None = None
@@ -126,8 +126,8 @@ def _score_places(
         checks.append((1, sbrk_base == expected[0]))
     else:
         # Set at the arena's first growth, by brk or by mmap.
-        checks.append((2, mapped_writable(core.memory, sbrk_base)))
-        checks.append((1, mapped_writable(core.memory, sbrk_base) | (sbrk_base == 0)))
+        checks.append((2, mapped_for_data(core.memory, sbrk_base)))
+        checks.append((1, mapped_for_data(core.memory, sbrk_base) | (sbrk_base == 0)))
     if "arena_test" in fields:
         checks.append((1, values("arena_test") == layout.word_class.default_arena_test))
         checks.append((1, values("arena_max") <= 65536))

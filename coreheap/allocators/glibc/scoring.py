@@ -41,7 +41,7 @@ def arena_score(memory: AddressSpace, state: ArenaState, layout: Layout) -> floa
     filled = np.flatnonzero(leads_off)
     fast = state.fastbins[state.fastbins != 0]
     # All that has to be mapped, in one question.
-    mapped = locate.mapped_writable(
+    mapped = locate.mapped_for_data(
         memory, np.concatenate((fd[filled], bk[filled], fast, np.array([state.top, state.next], np.uint64)))
     )
     aligned = ((fd[filled] & mask) == phase) & ((bk[filled] & mask) == phase)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coreheap.allocators.glibc.gathering import Bools, UInt64s, columns_at, words_at
-from coreheap.allocators.glibc.locate import mapped_writable
+from coreheap.allocators.glibc.locate import WRITABLE, mapped_for_data
 from coreheap.allocators.glibc.records import Layout, TcacheState, read_tcache
 from coreheap.allocators.glibc.structures import SAFE_LINKING_SHIFT, TcacheKey
 from coreheap.allocators.glibc.thread_storage import Wanted
@@ -45,7 +45,7 @@ class Cache:
 def have_tcache_size(memory: AddressSpace, layout: Layout, addresses: UInt64s) -> Bools:
     """For each payload address, whether there is a chunk of a tcache structure's size; bool[n]."""
     word_class = layout.word_class
-    fits: Bools = (addresses % np.uint64(word_class.alignment) == 0) & mapped_writable(memory, addresses)
+    fits: Bools = (addresses % np.uint64(word_class.alignment) == 0) & mapped_for_data(memory, addresses)
     fits &= addresses >= np.uint64(word_class.header_bytes)
     size_word, saved = words_at(memory, addresses[fits] - np.uint64(word_class.word_bytes))
     sizes = np.array(layout.tcache_chunk_bytes, np.uint64)
@@ -107,9 +107,9 @@ def mapped_read_only(memory: AddressSpace, addresses: UInt64s) -> Bools:
     """For each address whether it lies in a region of the process that cannot be written; bool[n]."""
     position = np.searchsorted(memory.region_start, addresses, side="right") - 1
     mapped: Bools = position >= 0
+    position = np.maximum(position, 0)
     if len(memory.region_start):
-        mapped &= addresses < memory.region_end[np.maximum(position, 0)]
-    mapped &= ~mapped_writable(memory, addresses)
+        mapped &= (addresses < memory.region_end[position]) & (memory.region_flags[position] & WRITABLE == 0)
     return mapped
 
 
@@ -200,7 +200,7 @@ def _links_of(memory: AddressSpace, layout: Layout, entries: UInt64s, owners: UI
         row, node, stored, second = row[saved], node[saved], stored[saved], second[saved]
         following = stored ^ (node >> np.uint64(SAFE_LINKING_SHIFT)) if layout.generation.safe_linking else stored
         fits = (following % np.uint64(word_class.alignment) == 0) & (
-            (following == 0) | mapped_writable(memory, following)
+            (following == 0) | mapped_for_data(memory, following)
         )
         if key is TcacheKey.STRUCT_ADDRESS:
             fits &= second == owners[row]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from coreheap.allocators.glibc.holes import Hole, Holes
 from coreheap.allocators.glibc.leads import ListedChunks, PayloadPointers, no_listed_chunks
-from coreheap.allocators.glibc.locate import joined
 from coreheap.allocators.glibc.records import Layout
 from coreheap.allocators.glibc.recovery import (
     RECOVERIES,
@@ -45,9 +45,14 @@ UInt64s = npt.NDArray[np.uint64]
 ANOMALIES_KEPT = 1000
 """Anomalies that are described; all are counted."""
 
+HOLES_KEPT = 1000
+"""Holes of known chunks that are named."""
+
 MISSING_ROOM_FLOOR = 1 << 30
 MISSING_ROOM_PER_SAVED = 4
 """Bytes that were not saved and still get room in the index: a hostile core may promise any number of them."""
+
+NO_CHUNK = -1
 
 SEGMENT_LIMIT = 1 << 16
 """Stretches that unsaved memory, damage or foreign sbrk may cut the heap into."""
@@ -85,6 +90,8 @@ class HeapWalk:
     """By arena index."""
     anomalies: list[Anomaly]
     anomaly_count: int
+    holes: list[Hole]
+    """In known chunks; other memory that is missing is ``unattributed``."""
 
 
 class HeapWalker:
@@ -117,6 +124,7 @@ class HeapWalker:
         self.unattributed: dict[int, list[UnattributedRange]] = {}
         self.anomalies: list[Anomaly] = []
         self.anomaly_count = 0
+        self.holes: list[Hole] = []
         self._listed = listed
         self._listed_chunks: ListedChunks | None = None
         self._pointers = PayloadPointers(core, self.geometry, saved)
@@ -131,24 +139,34 @@ class HeapWalker:
             self._leave_out(stretch, stretch.start, stretch.end, "overlaps_another_heap")
             return
         self._reached = stretch.end
+        holes = self._holes = Holes(self.memory, self.geometry, stretch)
         position, trusted = stretch.start, True
-        for start, end in joined(self.memory.saved_runs_within(stretch.start, stretch.end)):
+        before = stretch.start
+        for start, end in holes.parts:
+            self._note_hole(holes, before, min(start, position))
+            before = end
             if start > position:
-                self._leave_out(stretch, position, start, self.memory.cause_missing(position))
+                self._leave_out(stretch, position, start, holes.cause_at(position))
                 trusted = False
             position = max(position, start)
             if position < end:
                 position = self._walk_saved(stretch, position, end, trusted)
-                trusted = False
+                # A chunk that leads over the hole ends where the next one is.
+                trusted = position > end
+        self._note_hole(holes, before, position)
         if position < stretch.end:
-            cause = self.memory.cause_missing(stretch.end - 1)
-            saved = self.memory.is_saved(position, stretch.end)
-            self._leave_out(stretch, position, stretch.end, "unproven" if saved else cause)
+            saved = bool(holes.parts) and holes.parts[-1][1] == stretch.end
+            self._leave_out(stretch, position, stretch.end, "unproven" if saved else holes.cause_at(stretch.end - 1))
 
     def leave_out(self, arena: int, start: int, end: int, cause: str) -> None:
         """Record memory of an arena that no chunk can be assigned to."""
         if end > start:
             self.unattributed.setdefault(arena, []).append(UnattributedRange(AddressRange(start, end), cause))
+
+    def _note_hole(self, holes: Holes, start: int, end: int) -> None:
+        """Record that a chunk has [start, end), which is no saved memory of malloc's; what top has of it says nothing."""
+        if start < end and not holes.stretch.start <= holes.stretch.top <= start and len(self.holes) < HOLES_KEPT:
+            self.holes.append(Hole(AddressRange(start, end), holes.cause_at(start), holes.stretch.arena))
 
     def _leave_out(self, stretch: Stretch, start: int, end: int, cause: str) -> None:
         self.leave_out(stretch.arena, start, end, cause)
@@ -162,11 +180,15 @@ class HeapWalker:
         if not trusted:
             found = self._next_chunk(stretch, view, base, -self.geometry.alignment)
             if found < 0:
+                found = self._holes.next_in_island(view, base) or NO_CHUNK
+            if found < 0:
                 return start
             self._leave_out(stretch, start, found, "unproven")
             position = found
+        behind_hole = start != stretch.start
         while position < end:
-            stop, reason = self._walk_region(stretch, view[position - base :], position)
+            stop, reason = self._walk_region(stretch, view[position - base :], position, behind_hole)
+            behind_hole = False
             if reason is not StopReason.FENCEPOSTS_MAIN or stop >= end:
                 return stop
             # Behind the fenceposts of the main arena comes what another caller of sbrk took, then the arena again.
@@ -207,8 +229,13 @@ class HeapWalker:
         found = resynchronise(view[skip:], self.geometry, 0, stop, region_bytes=stretch.end - base - skip)
         return base + skip + found if found >= 0 else -1
 
-    def _walk_region(self, stretch: Stretch, view: npt.NDArray[np.uint8], start: int) -> tuple[int, StopReason]:
-        """Walk one region of the index from a proven chunk on; returns where it ends and why."""
+    def _walk_region(
+        self, stretch: Stretch, view: npt.NDArray[np.uint8], start: int, behind_hole: bool
+    ) -> tuple[int, StopReason]:
+        """Walk one region of the index from a proven chunk on; returns where it ends and why.
+
+        Only the very first chunk of a heap has none before it; before one that is ``behind_hole`` a free one may lie.
+        """
         missing = min(stretch.end - start - len(view), self._room_for_missing)
         self._room_for_missing -= missing
         region_bytes = len(view) + missing
@@ -239,6 +266,9 @@ class HeapWalker:
             )
             self.builder.take_over(outcome)
             rows = self._anomaly_rows[: min(outcome.anomaly_count, ANOMALIES_KEPT)].copy()
+            anomaly_count = outcome.anomaly_count
+            if behind_hole and len(rows) and rows[0].tolist() == [WalkAnomaly.FIRST_CHUNK_PREVIOUS_FREE, 0]:
+                rows, anomaly_count = rows[1:], anomaly_count - 1
             walked_from = offset
             offset, reason = outcome.end_offset, outcome.stop_reason
             if reason is StopReason.BROKEN and self._is_top_by_size(stretch, start + offset, region_bytes - offset):
@@ -249,13 +279,15 @@ class HeapWalker:
                 # The end marker of a retired sub-heap can only be at its end: here it is a damaged size.
                 reason = StopReason.BROKEN
             boundary = self._hidden_damage(recovery, rows, walked_from, offset)
+            if boundary is None and reason is StopReason.CUT:
+                offset = self._over_hole(start, offset, region_bytes)
             if boundary is None and reason is StopReason.BROKEN:
                 boundary = self._behind_break(recovery, offset)
             elif boundary is None:
-                self._note_anomalies(stretch, recovery, rows, outcome.anomaly_count)
+                self._note_anomalies(stretch, recovery, rows, anomaly_count)
                 break
             if boundary is None:
-                self._note_anomalies(stretch, recovery, rows, outcome.anomaly_count)
+                self._note_anomalies(stretch, recovery, rows, anomaly_count)
                 self._note_broken(stretch, recovery, offset, None)
                 damaged_end = len(view) - len(view) % self.geometry.alignment
                 proven = False
@@ -269,12 +301,37 @@ class HeapWalker:
             offset = self._step_over(stretch, recovery, boundary)
         end = start + offset
         proven = proven and reason is not StopReason.CUT
+        self._room_for_missing += missing - max(0, offset - len(view))
         expected_top = stretch.is_top_heap and top_offset >= 0
         if reason is StopReason.END and expected_top:
             self._note(Anomaly("top_not_reached", stretch.top, "top as the last chunk", "other chunks", stretch.arena))
         if self.builder.close_region():
             self.regions.append(WalkedRegion(stretch, start, end, proven, reason))
         return end, reason
+
+    def _over_hole(self, start: int, offset: int, region_bytes: int) -> int:
+        """Record the chunk at an offset whose size leads into memory that is missing or over it; returns where it ends.
+
+        Top's header may be missing as well: its place is known, and that it reaches to the end.
+        """
+        header = start + offset
+        stretch = self._holes.stretch
+        end = self._holes.end_of_chunk(header) if self._holes.part_holding(header) is not None else None
+        if end is not None and end - start <= region_bytes:
+            self.builder.mark(offset, end - start, self._state_before(header, end))
+            offset = end - start
+        if start + offset == stretch.top and stretch.is_top_heap and self._holes.part_holding(stretch.top) is None:
+            self.builder.mark(offset, region_bytes, ChunkState.TOP)
+            offset = region_bytes
+        return offset
+
+    def _state_before(self, header: int, end: int) -> ChunkState:
+        """Whether a chunk is free by the header where it ends; where that is missing, by its own links."""
+        if self._holes.part_holding(end) is not None:
+            is_free = not self.memory.read_word(end + self.geometry.word_bytes) & PREV_INUSE
+        else:
+            is_free = self._is_linked(header)
+        return ChunkState.FREE_UNLISTED if is_free else ChunkState.IN_USE
 
     @property
     def _all_listed(self) -> ListedChunks:
@@ -435,4 +492,5 @@ class HeapWalker:
             self.unattributed,
             self.anomalies,
             self.anomaly_count,
+            self.holes,
         )

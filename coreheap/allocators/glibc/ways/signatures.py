@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from coreheap.allocators.glibc.locate import Sighting, mapped_writable, ring_from
+from coreheap.allocators.glibc.locate import Sighting, mapped_for_data, ring_from
 from coreheap.allocators.glibc.ways import code, static_image, tls
 from coreheap.allocators.glibc.ways.found import NOTHING, Found, LayoutSighting, ThreadLocal, ThreadSlot
 from coreheap.allocators.glibc.ways.subject import ARENA_ACCEPTED, Subject
@@ -86,7 +86,7 @@ def _by_dumped_relocations(subject: Subject) -> Found:
         return NOTHING
     mask = (1 << 8 * subject.core.word_bytes) - 1
     place = relocations.relative_place + np.uint64(subject.module.load_bias) & np.uint64(mask)
-    place = np.unique(place[mapped_writable(memory, place)])
+    place = np.unique(place[mapped_for_data(memory, place)])
     found: dict[int, bool] = {}
     for at in place[:CANDIDATE_LIMIT].tolist():
         for layout in subject.arena_layouts:
@@ -119,7 +119,7 @@ def _starts_like_an_arena(memory: AddressSpace, address: int, next_place: int) -
         following = memory.read_word(next_place)
     except MemoryFault:
         return False
-    return mutex <= 2 and flags <= 7 and bool(mapped_writable(memory, np.array([following], np.uint64))[0])
+    return mutex <= 2 and flags <= 7 and bool(mapped_for_data(memory, np.array([following], np.uint64))[0])
 
 
 def by_initial_values(subject: Subject) -> Found:

@@ -98,6 +98,7 @@ def _all_cases() -> Iterator[Case]:
     yield from _other_allocator_cases()
     yield from _copies_cases()
     yield from _verdict_cases()
+    yield from _split_cases()
 
 
 def _thread_cases() -> Iterator[Case]:
@@ -292,6 +293,43 @@ def _verdict_cases() -> Iterator[Case]:
     yield Case("like_nodes", "like_nodes", ("levels=14", "seed=190"), log_bytes=0)
 
 
+SPLIT_HOWS = (
+    "none", "read", "exec", "huge", "dump", "fork", "lock", "name", "free", "need", "shared", "file", "private", "unmap", "remap"
+)  # fmt: skip
+SPLIT_PLACES = (
+    ("main", ()),
+    ("thread", ()),
+    ("mmapped", ()),
+    ("aligned", ()),
+    ("guards", ("where=main", "at=guard", "holes=8")),
+    ("large_guards", ("where=aligned", "at=guard", "holes=4")),
+    ("pieces", ("where=pieces", "holes=2")),
+)
+"""Name and arguments of a place in malloc's memory whose pages are changed; ``where`` is the name where it is not said."""
+SPLIT_ON_MATRIX = (
+    "main_none", "main_unmap", "thread_shared", "guards_none", "pieces_private", "mmapped_huge", "aligned_unmap"
+)  # fmt: skip
+
+
+def _split_cases() -> Iterator[Case]:
+    """Pages of malloc's memory that the program protected, advised, covered or unmapped (splits.c)."""
+    for place, given in SPLIT_PLACES:
+        for number, how in enumerate(SPLIT_HOWS):
+            arguments = (*(given or (f"where={place}",)), f"how={how}", f"seed={220 + number}")
+            name = f"{place}_{how}"
+            case = Case(f"split_{name}" if name in SPLIT_ON_MATRIX else f"split_{name}@native", "splits", arguments)
+            yield case
+            if how in ("none", "unmap", "private", "huge"):
+                yield replace(case, name=f"split_{name}@gcore", made_by="gcore")
+    for where in ("main", "thread"):
+        for how in ("none", "file", "unmap"):
+            arguments = (f"where={where}", "at=headers", f"how={how}", "holes=3", "seed=240")
+            yield Case(f"split_{where}_headers_{how}", "splits", arguments)
+    for how in ("none", "read", "dump", "unmap"):
+        yield Case(f"split_top_{how}@native", "splits", ("where=main", "at=top", f"how={how}", "seed=241"))
+    yield Case("split_lost", "splits", ("where=lost", "seed=242"))
+
+
 CASES: Mapping[str, Case] = {case.name: case for case in _all_cases()}
 # Committed as fixtures/cores/NAME.core.zst: small enough, and tests then need no compiler.
 FIXTURE_CASES = (
@@ -394,6 +432,9 @@ EXCLUSIONS = (
     Exclusion("neighbours", "*", "about the kernel's mappings: nothing differs by release"),
     Exclusion("like_nodes", "*", "about references alone: nothing differs by release"),
     Exclusion("no_libc*", "*", "no libc: nothing differs by release"),
+    Exclusion("split_*@native", "*", "about the kernel's mappings: a few of them are held against every release"),
+    Exclusion("split_*@gcore", "*", "as with split_*@native"),
+    Exclusion("split_*", "*-arm64", "qemu-user tells nothing of the mappings of the program inside it"),
     Exclusion("no_glibc_heap", "*", "malloc is never called: no heap to compare"),
     Exclusion("long_lists@slow", "*", "for measurements alone; nothing of it differs by release"),
     Exclusion("containers", "bullseye-*", "libstdc++ is this machine's and needs a newer libc"),
@@ -431,7 +472,7 @@ def _matrix_cases() -> Iterator[Case]:
                 yield replace(
                     case,
                     name=f"{target.name}/{name}",
-                    arguments=MATRIX_ARGUMENTS[name],
+                    arguments=MATRIX_ARGUMENTS.get(name, case.arguments),
                     log_bytes=MATRIX_LOG_BYTES,
                     slow=False,
                     support=_support(case, target),

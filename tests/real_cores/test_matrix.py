@@ -34,7 +34,7 @@ DAMAGE_CODES = {
     "how=next_size": "broken_chunk",
 }
 DAMAGED = tuple(name for name in MATRIX if MATRIX[name].program == "crash_in_malloc")
-INTACT = tuple(name for name in MATRIX if name not in DAMAGED)
+INTACT = tuple(name for name in MATRIX if name not in DAMAGED and MATRIX[name].program != "splits")
 
 
 @dataclass(frozen=True, slots=True)

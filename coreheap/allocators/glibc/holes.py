@@ -1,4 +1,4 @@
-"""Where a heap goes on behind memory of it that the core does not hold, or that the program put something else in.
+"""Stretches of heap memory, and where one goes on behind memory of it that the core does not hold, or that the program put something else in.
 
 Knows: what of a stretch is malloc's own saved memory, and that a chunk before a hole says where the next one is. Does not know:
 how chunks are recorded (``walk``).
@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from coreheap.allocators.glibc.locate import joined, windows_within
-from coreheap.allocators.glibc.stretches import Stretch
 from coreheap.allocators.glibc.structures import FLAGS, IS_MMAPPED, PREV_INUSE
 from coreheap.corefile import AddressSpace
 from coreheap.evidence import Gap
+from coreheap.heap import RegionKind
 from coreheap.kernels import ChunkGeometry, StopReason, chain_reaches, resynchronise
 from coreheap.quantities import AddressRange
 
@@ -26,7 +26,7 @@ OTHER_MAPPING = "other_mapping"
 
 HOLE_TEXTS = {
     OTHER_MAPPING: "the program has mapped something else there",
-    "unmapped": "not mapped, or left out of the core as memory that nobody may access",
+    "unmapped": "not mapped, as far as the core tells",
     "mapped_file": "the program has mapped a file there",
     "not_saved": "left out of the core",
     "truncated": "cut off with the end of the file",
@@ -36,10 +36,24 @@ CHAIN = 8
 """Consistent chunks behind a hole that prove the size of the chunk that leads over it."""
 HOPS = 64
 """Holes that such a chain may lead over."""
-PROOFS_OF_AN_ISLAND = (32, 16, 8, 4, 2, 1)
-"""Chunks of a chain between two holes, the longest tried first."""
+PROOFS = (64, 32, 16, 8, 4, 2, 1)
+"""Chunks of a chain behind a hole, the longest tried first; a shorter one than the first has to lead over the next hole."""
+NO_CHUNK = -1
 
 ENDS = (StopReason.TOP, StopReason.END, StopReason.FENCEPOSTS_HEAP, StopReason.FENCEPOSTS_MAIN, StopReason.LIMIT)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Memory of one arena that chunks should tile from ``start`` on. ``top`` is the arena's top, wherever it lies."""
+
+    kind: RegionKind
+    arena: int
+    sub_heap: int
+    start: int
+    end: int
+    top: int
+    is_top_heap: bool
 
 
 @dataclass(slots=True)
@@ -105,18 +119,55 @@ class Holes:
             at = following
         return end
 
-    def next_in_island(self, view: npt.NDArray[np.uint8], base: int) -> int | None:
-        """The first chunk in a part of the stretch, ``view`` from ``base`` on, that ends at a hole before so many chunks prove each
-        other as elsewhere: the start of a long chain that ends with a chunk that leads over the hole. None without one.
+    def first_chunk(self, view: npt.NDArray[np.uint8], base: int) -> int:
+        """The first proven chunk in a part of the stretch, ``view`` from ``base`` on; NO_CHUNK without one.
+
+        A part that ends at a hole may have fewer chunks than prove each other elsewhere: there the longest chain is believed that
+        ends with a chunk that leads over the hole.
         """
         region_bytes = self.stretch.end - base
-        for proof in PROOFS_OF_AN_ISLAND:
-            found = resynchronise(view, self.geometry, 0, -1, region_bytes=region_bytes, proof_chunks=proof)
+        top = self.stretch.top - base if self.stretch.is_top_heap else -1
+        for proof in PROOFS:
+            chain = chain_reaches(view, self.geometry, 0, top, proof, region_bytes=region_bytes)
+            found = 0 if chain.stop_reason in ENDS and chain.chunk_count else NO_CHUNK
+            if found < 0:
+                found = resynchronise(view, self.geometry, 0, top, region_bytes=region_bytes, proof_chunks=proof)
             if found < 0:
                 continue
-            chain = chain_reaches(view, self.geometry, found, -1, 1 << 62, region_bytes=region_bytes)
+            if proof == PROOFS[0]:
+                return base + found
+            chain = chain_reaches(view, self.geometry, found, top, 1 << 62, region_bytes=region_bytes)
             if chain.stop_reason is StopReason.CUT and self.end_of_chunk(base + chain.end_offset) is not None:
                 return base + found
+        return NO_CHUNK
+
+    def end_of_piece(self, header: int) -> int | None:
+        """Where the chunks from a header on end, at fenceposts of the main arena or where top begins; None where they do not.
+
+        Holes are led over; what lies behind the last one ends the chain.
+        """
+        for _ in range(HOPS):
+            part = self.part_holding(header)
+            if part is None:
+                return None
+            top = self.stretch.top - header
+            chain = chain_reaches(
+                self.memory.view(header, part[1]),
+                self.geometry,
+                0,
+                top if top > 0 else -1,
+                1 << 62,
+                region_bytes=self.stretch.end - header,
+            )
+            end = header + chain.end_offset
+            if chain.stop_reason is StopReason.TOP:
+                return self.stretch.top
+            if chain.stop_reason is StopReason.FENCEPOSTS_MAIN:
+                return end
+            following = self._target(end) if chain.stop_reason is StopReason.CUT and self.part_holding(end) else None
+            if following is None or following == self.stretch.top:
+                return following
+            header = following
         return None
 
     def part_holding(self, header: int) -> tuple[int, int] | None:

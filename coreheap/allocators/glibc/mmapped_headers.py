@@ -95,8 +95,7 @@ def with_torn(
 ) -> MmappedChunks:
     """The table with chunks whose mapping has a hole by now or shows something else in part, where mp_ counts more than was found.
 
-    A mapping may lead over memory that is not anonymous or not mapped, as far as mmapped_mem leaves bytes for it. gdb leaves
-    out pages that nobody may access and nobody touched (the guard of a coroutine's stack) as if they were not mapped.
+    A mapping may lead over memory that is not anonymous or not mapped, as far as mmapped_mem leaves bytes for it.
     """
     if n_mmaps is None or mmapped_mem is None:
         return found

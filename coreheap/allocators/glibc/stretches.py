@@ -13,6 +13,7 @@ import numpy as np
 
 from coreheap.allocators.glibc.arenas import ArenaFacts
 from coreheap.allocators.glibc.gathering import UInt64s
+from coreheap.allocators.glibc.holes import Stretch
 from coreheap.allocators.glibc.leads import followed
 from coreheap.allocators.glibc.locate import (
     anonymous_ranges,
@@ -21,6 +22,7 @@ from coreheap.allocators.glibc.locate import (
     mapping_end,
 )
 from coreheap.allocators.glibc.records import ArenaState, Layout
+from coreheap.allocators.glibc.torn_pieces import TornPieces
 from coreheap.corefile import Core
 from coreheap.evidence import Gap
 from coreheap.heap import NO_INDEX, RegionKind
@@ -38,19 +40,6 @@ SUM_LIMIT = 1 << 28
 
 CachedBlocks = Callable[[int], UInt64s]
 """Payload addresses at the heads of all tcache lists of a copy, by its number."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Memory of one arena that chunks should tile from ``start`` on. ``top`` is the arena's top, wherever it lies."""
-
-    kind: RegionKind
-    arena: int
-    sub_heap: int
-    start: int
-    end: int
-    top: int
-    is_top_heap: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +175,8 @@ class _MainMemory:
             )
             if run_start == start and chain.stop_reason in (StopReason.FENCEPOSTS_MAIN, StopReason.TOP):
                 end = start + chain.end_offset
+            elif (torn_end := TornPieces(self.core, self.layout, main.facts).end_of(start)) is not None:
+                end = torn_end
             elif len(others) > 1:
                 # Pieces of several arenas lie in one mapping: what is not proven must not take another's.
                 limits = [other.facts.sbrk_base for other in others if other.facts.sbrk_base > start]
@@ -218,6 +209,13 @@ class _MainMemory:
             for saved_start, saved_end in joined(self.core.memory.saved_runs_within(start, end))
             for run in self._runs(saved_start, saved_end, mains)
         ]
+        known = [*pieces, *((stretch.start, stretch.end) for stretch in self.stretches)]
+        held = sum(main.state.system_mem for main in mains)
+        held -= sum(end - start for start, end in known if not self._lies_in_sub_heap(start))
+        for main in mains:
+            torn = TornPieces(self.core, self.layout, main.facts).within([*excluded, *pieces], held)
+            held -= sum(end - start for start, end in torn)
+            pieces += torn
         pieces += self._bare_tops(mains, pieces)
         owners = [mains[0]] * len(pieces) if len(mains) == 1 else self._owners_of_pieces(pieces, mains)
         for (start, end), owner in zip(pieces, owners, strict=True):
@@ -245,6 +243,10 @@ class _MainMemory:
                 for begin, stop in zip(runs.start_offset.tolist(), runs.end_offset.tolist(), strict=True)
             ]
         return found
+
+    def _lies_in_sub_heap(self, address: int) -> bool:
+        heaps = ((heap.address, arena.heap_max) for arena in self.arenas for heap in arena.sub_heaps)
+        return any(start <= address < start + most for start, most in heaps)
 
     def _bare_tops(self, mains: list[_Main], pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Pieces that are nothing but top: no chunk was cut from them yet."""

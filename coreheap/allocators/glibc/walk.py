@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from coreheap.allocators.glibc.holes import Hole, Holes
+from coreheap.allocators.glibc.holes import Hole, Holes, Stretch
 from coreheap.allocators.glibc.leads import ListedChunks, PayloadPointers, no_listed_chunks
 from coreheap.allocators.glibc.records import Layout
 from coreheap.allocators.glibc.recovery import (
@@ -21,7 +21,6 @@ from coreheap.allocators.glibc.recovery import (
     Listed,
     Recovery,
 )
-from coreheap.allocators.glibc.stretches import Stretch
 from coreheap.allocators.glibc.structures import FLAGS, NON_MAIN_ARENA, PREV_INUSE
 from coreheap.corefile import AddressSpace, Core
 from coreheap.errors import MemoryFault
@@ -51,8 +50,6 @@ HOLES_KEPT = 1000
 MISSING_ROOM_FLOOR = 1 << 30
 MISSING_ROOM_PER_SAVED = 4
 """Bytes that were not saved and still get room in the index: a hostile core may promise any number of them."""
-
-NO_CHUNK = -1
 
 SEGMENT_LIMIT = 1 << 16
 """Stretches that unsaved memory, damage or foreign sbrk may cut the heap into."""
@@ -178,9 +175,7 @@ class HeapWalker:
         view = view[base - start :]
         position = base
         if not trusted:
-            found = self._next_chunk(stretch, view, base, -self.geometry.alignment)
-            if found < 0:
-                found = self._holes.next_in_island(view, base) or NO_CHUNK
+            found = self._holes.first_chunk(view, base)
             if found < 0:
                 return start
             self._leave_out(stretch, start, found, "unproven")

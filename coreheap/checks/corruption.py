@@ -54,6 +54,10 @@ NOT_NOTICED = frozenset(
 """Contradictions that malloc neither aborts on nor follows into other memory."""
 
 
+WRITTEN_BY_MALLOC = (DamagedPlace.MALLOC_STATE, DamagedPlace.TCACHE_STRUCTURE)
+"""Where a watchpoint stops inside malloc."""
+
+
 def findings(case: Case) -> tuple[Finding, ...]:
     """One finding for each of the gravest damages, at most FINDINGS_OF_A_CODE of one code."""
     heap = case.heap
@@ -136,5 +140,10 @@ def _next_steps(damage: Damage) -> tuple[str, ...]:
             "run the workload with -fsanitize=address (twice the time) or under valgrind (20 times and more): both stop at"
             " the write itself"
         )
-    steps.append(f"where addresses repeat (setarch -R): gdb, watch *(long*){address}, stops at the write")
+    if damage.place in WRITTEN_BY_MALLOC:
+        steps.append(
+            "malloc itself writes this word all the time: watch the first words of the blocks named, from their free on"
+        )
+    else:
+        steps.append(f"where addresses repeat (setarch -R): gdb, watch *(long*){address}, stops at the write")
     return tuple(steps)

@@ -5,6 +5,10 @@ Knows: how each of these looks in the links of a list. Does not know: headers (`
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
 from coreheap.damage import DamagedPlace, DamageKind, Pattern, PatternKind, Repair
 from coreheap.evidence import Anomaly, Strength
 from coreheap.forensics.culprits import Told, differing
@@ -12,7 +16,8 @@ from coreheap.forensics.patterns import Foreign, PatternReader
 from coreheap.forensics.places import FLAGS, Places
 from coreheap.forensics.suspicion import Suspicion
 from coreheap.heap import BINNED_STATES, LISTED_FREE_STATES, ChunkState, FreeList
-from coreheap.quantities import AddressRange
+from coreheap.kernels import chunk_extents
+from coreheap.quantities import AddressRange, format_address
 
 TWO_SIDED = frozenset(
     {
@@ -26,6 +31,14 @@ TWO_SIDED = frozenset(
     }
 )
 """Codes of contradictions that either of two values can be the cause of."""
+
+SUMS = frozenset({"system_mem_damaged", "more_than_system_mem", "mmapped_bytes_mismatch"})
+"""Codes of amounts of memory."""
+
+CANDIDATES_NAMED = 4
+
+PAGE_SHIFT = 12
+"""glibc's, of safe linking (malloc.c, PROTECT_PTR, 2.32 on)."""
 
 LEADS_NOWHERE = frozenset({"list_not_a_chunk_start", "list_misaligned", "list_wrong_state", "list_already_listed"})
 
@@ -169,6 +182,10 @@ class LinkReader:
             told.doubt("malloc's own links of another moment are pointers as well")
         if repair is not None and repair.bit is not None:
             told.doubt("one bit that flipped would look the same")
+        if self.places.state(block) not in LISTED_FREE_STATES:
+            told.doubt(
+                "malloc has given the block out since: had it been freed twice, its owner's content would look the same"
+            )
         return told
 
     def _look(self, word: int, extent: AddressRange) -> Foreign:
@@ -233,6 +250,9 @@ class LinkReader:
     # malloc's own data
 
     def _structure(self, suspicion: Suspicion) -> Told | None:
+        along = self._taken_along(suspicion) if suspicion.codes & LEADS_NOWHERE else None
+        if along is not None:
+            return along
         words = sorted(suspicion.words)
         if not words and suspicion.header is not None:
             words = [suspicion.header + self.word]
@@ -241,6 +261,14 @@ class LinkReader:
         expected, observed = self._expected(suspicion, words[0])
         extent, repair, _ = self._foreign(suspicion, words)
         bit = repair.bit if repair is not None else None
+        if (
+            repair is not None
+            and suspicion.codes <= SUMS
+            and (repair.observed ^ repair.expected) % self.page_bytes == 0
+        ):
+            # Memory grows and shrinks by pages: one bit of a page's number is a difference like any other.
+            bit = None
+            repair = replace(repair, bit=None)
         kind = DamageKind.OVERWRITE
         if bit is not None and suspicion.place in (
             DamagedPlace.TOP,
@@ -253,14 +281,114 @@ class LinkReader:
             pattern = self._look(words[0], extent).pattern(extent.byte_count)
         told = Told(kind, suspicion.place, extent, victim=suspicion.listed, pattern=pattern, repair=repair)
         statement = "malloc's own data contradict each other"
+        if suspicion.codes & {"system_mem_damaged"} and self._of_short_top(told, suspicion):
+            return told
         if suspicion.codes <= TWO_SIDED:
             told.doubt("two of malloc's values contradict each other, and which of them is wrong is not known")
-        if suspicion.place is DamagedPlace.TCACHE_STRUCTURE and suspicion.codes & LEADS_NOWHERE:
-            told.doubt(
-                "the head may be the link of a block that was written to after it was freed and was given out since"
-            )
+        if suspicion.codes & LEADS_NOWHERE:
+            self._doubt_head(told, suspicion)
         told.hold(statement if expected is None else f"{statement}; one value would be right", Strength.SOLID, words[0])
         return told
+
+    def _taken_along(self, suspicion: Suspicion) -> Told | None:
+        """A head that leads to memory which malloc itself put on a tcache: a fastbin's link led there.
+
+        malloc moves what is left of a fastbin to the tcache (_int_malloc, 2.26-2.41), so behind such memory lies the block
+        whose link led to it. Of what it took last the fastbin's head is left: 0 as safe linking reads it, the page's number.
+        """
+        for anomaly in self.places.heap.anomalies:
+            node, is_cached = anomaly.address, anomaly.expected.startswith(ChunkState.TCACHE.label)
+            if anomaly.code != "list_not_a_chunk_start" or not is_cached or node % self.places.header_bytes:
+                continue
+            of_fastbin = any(other.observed_word == node >> PAGE_SHIFT for other in suspicion.anomalies)
+            link, key = self.places.word(node), self.places.word(node + self.word)
+            if not (of_fastbin or anomaly in suspicion.anomalies) or link is None or key not in self.patterns.keys:
+                continue
+            pointers = (link ^ node >> PAGE_SHIFT, link)
+            blocks = [self.places.chunk_at(pointer - self.places.header_bytes) for pointer in pointers]
+            block = next((one for one in blocks if one is not None), None)
+            if block is None or self.places.state(block) is not ChunkState.TCACHE:
+                continue
+            told = Told(
+                DamageKind.USE_AFTER_FREE,
+                DamagedPlace.FREE_LIST,
+                AddressRange(node, node + 2 * self.word),
+                victim=None,
+                culprit=block,
+            )
+            told.hold(
+                "free's key lies in memory that is no chunk of the list's size: malloc put it there itself",
+                Strength.SOLID,
+                node,
+            )
+            told.doubt(
+                "malloc has written over the link since: an overflow of the block before it may have changed it as well"
+            )
+            return told
+        return None
+
+    def _doubt_head(self, told: Told, suspicion: Suspicion) -> None:
+        """A list's head that leads nowhere: malloc stores there what the block that it gave out last held as its link."""
+        anomaly = next(anomaly for anomaly in suspicion.anomalies if anomaly.code in LEADS_NOWHERE)
+        free_list = self._list_of(anomaly)
+        if free_list is None or free_list.kind not in (ChunkState.TCACHE, ChunkState.FASTBIN):
+            return
+        told.doubt(
+            "the head may be the link of a block that was written to after it was freed, or freed twice, and was given out since"
+        )
+        count, first = self._given_out_of(free_list)
+        if count:
+            names = ", ".join(format_address(address) for address in first)
+            more = "" if count <= len(first) else f" and {count - len(first)} more"
+            told.hold(f"{count} blocks of this list's sizes are given out: {names}{more}", Strength.HINT)
+
+    def _given_out_of(self, free_list: FreeList) -> tuple[int, list[int]]:
+        """How many blocks in use have sizes of a list, in its arena where it has one; and the first of them."""
+        index = self.places.index
+        chunks = np.flatnonzero(index.state == ChunkState.IN_USE).astype(np.int64)
+        chunks = chunks[chunks < index.region_chunks]
+        if free_list.arena is not None:
+            of_arena = [region for region in self.places.heap.chunks.regions if region.arena == free_list.arena]
+            inside = np.zeros(len(chunks), np.bool_)
+            for region in of_arena:
+                inside |= (chunks >= region.first_chunk) & (chunks < region.first_chunk + region.chunk_count)
+            chunks = chunks[inside]
+        headers, sizes = chunk_extents(index, chunks)
+        payloads = headers[(sizes >= free_list.chunk_bytes_low) & (sizes <= free_list.chunk_bytes_high)]
+        payloads = payloads + np.uint64(self.places.header_bytes)
+        return len(payloads), payloads[:CANDIDATES_NAMED].tolist()
+
+    def _of_short_top(self, told: Told, suspicion: Suspicion) -> bool:
+        """Whether system_mem counts a part of the heap twice that begins at the marks of an earlier end.
+
+        Where the break is not at top's end, sysmalloc takes what lies between for somebody else's, and adds it (2.12-2.44). A
+        top whose size was written too small makes such a gap out of malloc's own memory, which was counted before.
+        """
+        (anomaly,) = [anomaly for anomaly in suspicion.anomalies if anomaly.code == "system_mem_damaged"][:1]
+        observed, expected = anomaly.observed_word, anomaly.expected_word
+        if anomaly.arena is None or observed is None or expected is None or observed <= expected:
+            return False
+        gaps = [part.range for part in self.places.heap.arenas[anomaly.arena].unattributed]
+        # What alignment leaves out before and behind it is in the gap, and was not counted (i386: 8 bytes each).
+        twice = range(observed - expected, observed - expected + 4 * self.word + 1)
+        gap = next((gap for gap in gaps if gap.byte_count in twice), None)
+        ends = self.places.chunk_holding(gap.start - 1) if gap is not None else None
+        if gap is None or ends is None or self.places.state(ends) is not ChunkState.FENCEPOST:
+            return False
+        victim: int | None = ends
+        while victim is not None and self.places.state(victim) is ChunkState.FENCEPOST:
+            victim = self.places.before(victim)
+        if victim is None:
+            return False
+        place = self.places.extent(victim)[0] + self.word
+        told.kind, told.place, told.victim = DamageKind.OVERWRITE, DamagedPlace.TOP, victim
+        told.extent, told.pattern, told.repair = AddressRange(place, place + self.word), None, None
+        told.hold(
+            "system_mem counts the memory behind the marks of an earlier end twice: top's size was too small when the heap grew",
+            Strength.SOLID,
+            gap.start,
+        )
+        return True
 
     def _mmapped(self, suspicion: Suspicion) -> Told | None:
         """The header of an mmapped chunk; what was written before it may have gone on from the mapping before."""

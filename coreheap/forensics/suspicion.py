@@ -275,7 +275,9 @@ def _of_link(places: Places, made: Suspicion, anomaly: Anomaly) -> None:
         made.place = DamagedPlace.TCACHE_STRUCTURE
     elif state in LINK_PLACES or state in (ChunkState.FREE_UNLISTED, ChunkState.DAMAGED, ChunkState.IN_USE):
         is_cached = anomaly.expected.startswith(ChunkState.TCACHE.label)
-        made.place = DamagedPlace.TCACHE_LINK if is_cached else LINK_PLACES.get(state, DamagedPlace.BIN_LINK)
+        is_fast = anomaly.expected.startswith(ChunkState.FASTBIN.label)
+        of_its_state = DamagedPlace.FASTBIN_LINK if is_fast else LINK_PLACES.get(state, DamagedPlace.BIN_LINK)
+        made.place = DamagedPlace.TCACHE_LINK if is_cached else of_its_state
         made.header = places.extent(holder)[0]
 
 

@@ -113,9 +113,13 @@ KINDS = (
     "overflow_letters",
     "overflow_same_letter",
     "overflow_nul",
+    "popped_fastbin_twice",
+    "popped_taken_along",
+    "popped_cached_written",
+    "top_cut_short",
 )
-ONLY_MAIN = frozenset(("mp_n_mmaps", "mp_n_mmaps_absurd", "mp_mmap_threshold"))
-"""There is one mp_."""
+ONLY_MAIN = frozenset(("mp_n_mmaps", "mp_n_mmaps_absurd", "mp_mmap_threshold", "top_cut_short"))
+"""There is one mp_, and a sub-heap knows its end without top."""
 ONLY_THREAD = frozenset(("heap_ar_ptr", "heap_prev", "heap_size"))
 """The main arena has no heap_info."""
 NEEDS_FASTBINS = frozenset(
@@ -126,6 +130,8 @@ NEEDS_FASTBINS = frozenset(
         "double_fastbin",
         "double_tcache_fastbin",
         "fastbin_head",
+        "popped_fastbin_twice",
+        "popped_taken_along",
     )
 )
 """Gone with glibc 2.43."""
@@ -172,6 +178,10 @@ MATRIX_KINDS = (
     "overflow_letters@thread",
     "overflow_same_letter@main",
     "overflow_nul@main",
+    "popped_fastbin_twice@main",
+    "popped_taken_along@thread",
+    "popped_cached_written@main",
+    "top_cut_short@main",
     "overflow_into_top@main",
     "overflow_into_cached@thread",
     "underflow_word@main",

@@ -176,6 +176,13 @@ EXPECTED: Mapping[str, Expected] = {
     "mmapped_flag": _mmapped_flip,
     "mmapped_prev_size": _mmapped,
     "mmapped_overflow": Expected((MMAPPED, OVERFLOW), (_O,)),
+    # Its link is the list's head now, or gone; who has the block by now wrote what its owner may write.
+    "popped_fastbin_twice": Expected(
+        (DOUBLE_FREE, USE_AFTER_FREE), (_D, _F), cuts=12, moves_figures=True, may_be_elsewhere=True
+    ),
+    "popped_taken_along": Expected((USE_AFTER_FREE,), (_F,), cuts=12, moves_figures=True, may_be_elsewhere=True),
+    "popped_cached_written": Expected((USE_AFTER_FREE,), (_F,), cuts=2, may_be_elsewhere=True),
+    "top_cut_short": Expected((HEADER, OVERFLOW), (_W, _O), names_culprit=False, moves_figures=True),
     "mp_n_mmaps": _quiet_state,
     "mp_n_mmaps_absurd": _quiet_state,
     "mp_mmap_threshold": _quiet_state,

@@ -21,6 +21,8 @@ MOST_FOLLOWED = 4096
 """Blocks behind a node that is no chunk's start; more than any tunable lets a list have by default, fewer than a loop costs."""
 MOST_SEARCHES = 8
 """Bad heads for which all blocks in use are looked through; with more of them the structure itself was written over."""
+MOST_POPPED = 8
+"""Blocks that one head may have come from; with more of them their word tells nothing."""
 ROWS_AT_ONCE = 1 << 20
 KEY_SAMPLES = 3
 """Cached blocks that must agree on a key that nothing else tells."""
@@ -68,14 +70,18 @@ class CachedLinks:
             node = pointer
         return list(chunks) if self._next(node) == 0 else []
 
-    def popped_block(self, head: int, sizes: tuple[int, int]) -> Popped | None:
-        """The one block given out whose first word is still the link that a list's head came from; None where there is none.
+    def popped_blocks(self, head: int, sizes: tuple[int, int], of_tcache: bool) -> list[Popped]:
+        """Blocks given out whose first word is the link that a list's head came from, at most MOST_POPPED.
 
-        tcache_get stores the link of the block that it takes as the new head, and clears the key in it.
+        malloc stores the link of the block that it takes as the new head; tcache_get also clears the key in it. Where the link
+        led to memory that is no list's, and malloc took that as well, the head is what safe linking makes of the 0 there: the
+        number of its page.
         """
         self._searches += 1
         if self._searches > MOST_SEARCHES:
-            return None
+            return []
+        page = head << SAFE_LINKING_SHIFT
+        is_page = self.safe_linking and page < 1 << 8 * self.word and self.memory.region_index(page) is not None
         found: list[Popped] = []
         for first in range(0, len(self.index.state), ROWS_AT_ONCE):
             states = self.index.state[first : first + ROWS_AT_ONCE]
@@ -89,16 +95,21 @@ class CachedLinks:
             links, saved = words_at(self.memory, payloads)
             keys, keys_saved = words_at(self.memory, payloads + np.uint64(self.word))
             following = links ^ (payloads >> np.uint64(SAFE_LINKING_SHIFT)) if self.safe_linking else links
-            fits = saved & (following == np.uint64(head))
-            if self.leaves_a_key:
+            fits = following == np.uint64(head)
+            if is_page:
+                fits |= following >> np.uint64(SAFE_LINKING_SHIFT) == np.uint64(head)
+            fits &= saved
+            if of_tcache and self.leaves_a_key:
                 fits &= keys_saved & (keys == 0)
             found += [
                 Popped(header, header + self.header_bytes, link)
-                for header, link in zip(headers[fits][:2].tolist(), links[fits][:2].tolist(), strict=True)
+                for header, link in zip(
+                    headers[fits][:MOST_POPPED].tolist(), links[fits][:MOST_POPPED].tolist(), strict=True
+                )
             ]
-            if len(found) > 1:
-                return None
-        return found[0] if found else None
+            if len(found) >= MOST_POPPED:
+                break
+        return found[:MOST_POPPED]
 
     def _next(self, node: int) -> int | None:
         try:

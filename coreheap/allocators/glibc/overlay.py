@@ -350,10 +350,16 @@ class Overlay:
             safe = self.layout.generation.safe_linking and place
             expected = place >> SAFE_LINKING_SHIFT if safe else 0
         leads_nowhere = error in (ListError.MISALIGNED, ListError.NOT_A_CHUNK_START)
-        if not place and leads_nowhere and columns.state[row] == ChunkState.TCACHE and stored:
-            popped = self._links.popped_block(stored, (columns.low[row], columns.high[row]))
-            if popped is not None:
-                return self._of_popped(anomaly, popped)
+        if not place and leads_nowhere and columns.sentinel[row] == 0 and stored:
+            of_tcache = columns.state[row] == ChunkState.TCACHE
+            popped = self._links.popped_blocks(stored, (columns.low[row], columns.high[row]), of_tcache)
+            if len(popped) == 1:
+                return self._of_popped(anomaly, popped[0])
+            if popped:
+                names = ", ".join(format_address(one.header + self.geometry.header_bytes) for one in popped)
+                anomaly = replace(
+                    anomaly, observed=f"{anomaly.observed}; the link of one of the blocks {names}, given out since"
+                )
         return replace(
             anomaly,
             word_address=place or columns.head_places[row],

@@ -32,6 +32,9 @@ def findings(case: Case) -> tuple[Finding, ...]:
         for gap in (heap.gaps if heap else ())
         if (may_be_cut or gap.cause not in UNKNOWN_THOUGH_SAVED) and not gap.cause.startswith(IN_KNOWN_BLOCKS)
     ]
+    if not may_be_cut and heap is not None and heap.anomaly_count:
+        # All that the headers promise is there, and the heap contradicts itself: what cannot be read is damaged, not missing.
+        heap_gaps = []
     if not core.truncated and not heap_gaps and (heap is not None or not left_out_bytes):
         return ()
     unattributed = sum(

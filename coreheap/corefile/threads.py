@@ -161,9 +161,18 @@ def read_threads(data: Bytes, machine: str, notes: NoteTable, gaps: list[Gap]) -
         )
     if len(whole) == 0:
         gaps.append(Gap("threads_missing", "no thread can be read; stacks and TLS are unknown"))
+    table = _table_of(data, machine, notes, whole)
+    is_own = _runs_in_the_program(table)
+    return table if is_own.all() else _table_of(data, machine, notes, whole[is_own])
+
+
+def _table_of(data: Bytes, machine: str, notes: NoteTable, whole: npt.NDArray[np.intp]) -> ThreadTable:
+    """``whole``: rows of the NT_PRSTATUS of the threads that the table is to have."""
+    layout = STATUS_LAYOUTS[machine]
     offsets = notes.file_offset[whole].astype(np.intp)
     table = ThreadTable(layout, records_at(data, offsets, layout.record), notes)
-    # A status that cannot be used still ends the notes of the thread before it.
+    # A status that cannot be used, or is left out, still ends the notes of the thread before it.
+    rows = notes.rows(NT_PRSTATUS)
     ends = np.append(rows, len(notes))
     table.note_rows[:, 0] = whole + 1
     table.note_rows[:, 1] = ends[np.searchsorted(ends, whole, side="right")]
@@ -176,6 +185,20 @@ def read_threads(data: Bytes, machine: str, notes: NoteTable, gaps: list[Gap]) -
     else:
         _i386_thread_pointers(data, table, whole)
     return table
+
+
+def _runs_in_the_program(table: ThreadTable) -> npt.NDArray[np.bool_]:
+    """False for the kernel's own threads in the process: the workers of io_uring, since Linux 5.12 (create_io_thread).
+
+    They never run the program's code, so their registers are 0; the thread pointer alone is a copy of that of the thread that
+    they were made for, whose TLS and tcache they would seem to have a second time.
+    """
+    in_kernel: npt.NDArray[np.bool_] = table.has_thread_pointer & (table.register(table.layout.stack_pointer) == 0)
+    in_kernel &= table.register(table.layout.program_counter) == 0
+    if in_kernel.any():
+        of_others = table.thread_pointer[table.has_thread_pointer & ~in_kernel]
+        in_kernel &= np.isin(table.thread_pointer, of_others)
+    return ~in_kernel
 
 
 def threads_of(table: ThreadTable) -> tuple[Thread, ...]:

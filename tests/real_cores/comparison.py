@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import coreheap
+from coreheap.evidence import Confidence
 from coreheap.heap import BINNED_STATES, Arena, ChunkState, HeapSnapshot
 from coreheap.kernels import chunk_extents
 from coreheap.leaks import Verdict
@@ -309,6 +310,23 @@ def damage_of_a_sound_heap(report: Report) -> list[str]:
         *(f"damage {damage}" for damage in report.damages),
         *(f"finding {finding.code}" for finding in report.findings if finding.code.startswith(DAMAGE_CODES)),
     ]
+
+
+def sure_damage(report: Report) -> list[str]:
+    """What the report is sure of, wrongly: damage that is certain or strong."""
+    found = [
+        f"{finding.code} {finding.confidence.value}"
+        for finding in report.findings
+        if finding.code.startswith(DAMAGE_CODES)
+        and finding.code != "ALLOCATOR-LOCKED"
+        and finding.confidence.rank > Confidence.PLAUSIBLE.rank
+    ]
+    found += [
+        f"{damage.kind.value} {damage.place.value} at {damage.bytes.start:#x} {damage.confidence.value}"
+        for damage in report.damages
+        if damage.confidence.rank > Confidence.PLAUSIBLE.rank
+    ]
+    return found
 
 
 def compare_all(report: Report, truth: Truth) -> list[str]:

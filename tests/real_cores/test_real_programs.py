@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import struct
 import subprocess
 from collections import Counter
 from collections.abc import Callable
@@ -18,13 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 import coreheap
-from coreheap.heap import ChunkState
 from coreheap.leaks import VERDICTS, Verdict
 from tests.conftest import skip_unless_ci
 from tests.real_cores import cores, real_programs
+from tests.real_cores.live_words import LOST, Chunks, Scan
 from tests.real_cores.real_programs import PROGRAMS, CannotRun, Memcheck
 
 CHEAP = ("python3", "python3-threads", "perl", "sqlite3", "git-cat-file", "git-pack", "gdb", "nginx")
@@ -32,44 +30,17 @@ COUNTS_MAY_DIFFER = {"gdb": 40, "python3-threads": 2}
 """Blocks by which two runs of the same work differ: what a scheduler decides. All others are equal to the block."""
 PYTHON_LEAKS = {7000 + 16 * number for number in range(12)} | {50}
 """What PYTHON_WORK forgets, requested bytes."""
-LOST = (Verdict.DEFINITELY_LOST, Verdict.INDIRECTLY_LOST)
-DEAD = (
-    ChunkState.TCACHE,
-    ChunkState.FASTBIN,
-    ChunkState.UNSORTED_BIN,
-    ChunkState.SMALL_BIN,
-    ChunkState.LARGE_BIN,
-    ChunkState.TOP,
-    ChunkState.FREE_UNLISTED,
-    ChunkState.ALLOCATOR_OWN,
-)
-PT_LOAD = 1
-USER_SPACE_END = 1 << 47
-RED_ZONE_BYTES = 128
-MAIN_ARENA_BYTES = 2200
-"""sizeof (struct malloc_state) on x86-64, any glibc from 2.26 on, is a little less or more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """All chunks of a core as columns, by address."""
-
-    payload: NDArray[np.uint64]
-    usable: NDArray[np.int64]
-    state: NDArray[np.uint8]
-    verdict: NDArray[np.uint8]
-
-    def sizes(self, *verdicts: Verdict) -> Counter[int]:
-        return Counter(self.usable[np.isin(self.verdict, verdicts)].tolist())
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
     core: Path
-    chunks: Chunks
-    stack_pointers: tuple[int, ...]
-    main_arena: tuple[int, int]
+    scan: Scan
     memcheck: Memcheck
+
+    @property
+    def chunks(self) -> Chunks:
+        return self.scan.chunks
 
 
 @pytest.fixture(scope="module")
@@ -102,22 +73,8 @@ def _analysed(core: Path, memcheck: Memcheck) -> Compared:
         assert leaks is not None
         assert report.anomalies == ()
         assert leaks.missing_root_bytes == 0
-        parts = [
-            (b.payload_address, b.usable_bytes.astype(np.int64), b.state, b.verdict) for b in heap.chunks.batches()
-        ]
-        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        order = np.argsort(columns[0])
-        assert heap.main_arena is not None
-        assert heap.main_arena.address is not None
-        main_arena = heap.main_arena.address
-        return Compared(
-            core,
-            Chunks(*(column[order] for column in columns)),
-            tuple(thread.stack_pointer for thread in opened.threads),
-            # Of libc's data only main_arena may hold addresses of free chunks, that is, of the end of the chunk before.
-            (main_arena, main_arena + MAIN_ARENA_BYTES),
-            memcheck,
-        )
+        scan = Scan.of(core, heap, tuple(thread.stack_pointer for thread in opened.threads))
+        return Compared(core, scan, memcheck)
 
 
 def least_usable(requested: int) -> int:
@@ -169,8 +126,7 @@ def test_nothing_is_called_lost_that_memcheck_does_not(compared: Callable[[str],
 @pytest.mark.parametrize("name", CHEAP)
 def test_no_live_word_leads_to_what_is_called_lost(compared: Callable[[str], Compared], name: str) -> None:
     found = compared(name)
-    rows = np.flatnonzero(np.isin(found.chunks.verdict, LOST))
-    assert [word for word in words_that_lead_to(found, rows) if not is_dead(found, word[0])] == []
+    assert found.scan.live_words_to_lost() == []
 
 
 @pytest.mark.parametrize("name", ["python3", "python3-threads"])
@@ -183,7 +139,7 @@ def test_what_python_forgets_is_lost_or_still_held_by_a_word(compared: Callable[
     others = np.setdiff1d(rows, definite)
     # zlib's stream keeps addresses of buffers that are freed; malloc has given these blocks the same memory.
     assert len(others) <= 4
-    held = {target for place, target in words_that_lead_to(found, others) if not is_dead(found, place)}
+    held = {target for place, target in found.scan.words_that_lead_to(others) if not found.scan.is_dead(place)}
     assert held == set(found.chunks.payload[others].tolist())
 
 
@@ -200,7 +156,7 @@ def test_the_leak_of_nginx_is_memchecks(compared: Callable[[str], Compared]) -> 
         # of paths, what malloc cut from what. memcheck knows that nobody wrote it, a core does not.
         rows = np.flatnonzero((found.chunks.usable == size) & (found.chunks.verdict == Verdict.POSSIBLY_LOST))
         assert len(rows) >= (expected - ours)[size]
-        held = {target for place, target in words_that_lead_to(found, rows) if not is_dead(found, place)}
+        held = {target for place, target in found.scan.words_that_lead_to(rows) if not found.scan.is_dead(place)}
         assert held == set(found.chunks.payload[rows].tolist())
 
 
@@ -243,42 +199,3 @@ def test_memory_behind_a_modules_data_is_not_its_bss(tmp_path: Path, require_too
         assert leaks.missing_root_bytes >= 1 << 20
         assert leaks.totals[Verdict.DEFINITELY_LOST].count == 0
         assert leaks.unreachable.count >= 99
-
-
-# ------------------------------------------------------------------------- the core, read anew
-
-
-def words_that_lead_to(found: Compared, rows: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """(place, payload address) of every word in the core that is an address in one of these chunks."""
-    if not len(rows):
-        return []
-    start = found.chunks.payload[rows]
-    end = start + found.chunks.usable[rows].astype(np.uint64)
-    file = np.fromfile(found.core, np.uint8)
-    table, count = struct.unpack_from("<Q", file, 32)[0], struct.unpack_from("<H", file, 56)[0]
-    words = []
-    for number in range(count):
-        kind, _, offset, address, _, size, _, _ = struct.unpack_from("<IIQQQQQQ", file, table + 56 * number)
-        segment = file[offset : offset + size]
-        if kind != PT_LOAD or address >= USER_SPACE_END:
-            continue
-        # Below 4 GiB four bytes before a zero are an address by chance too often: halves of hashes, for one.
-        for shift in range(1 if start[0] < 1 << 32 else 8):
-            values = segment[shift : shift + (len(segment) - shift) // 8 * 8].view("<u8")
-            near = np.flatnonzero((values >= start[0]) & (values < end[-1]))
-            chunk = np.searchsorted(start, values[near], side="right") - 1
-            inside = values[near] < end[chunk]
-            places = (near[inside] * 8 + (address + shift)).tolist()
-            words += list(zip(places, start[chunk[inside]].tolist(), strict=True))
-    return words
-
-
-def is_dead(found: Compared, place: int) -> bool:
-    """Whether nobody will read this place: a free chunk, main_arena, below a stack pointer, a lost chunk."""
-    chunks = found.chunks
-    row = int(np.searchsorted(chunks.payload, np.uint64(place), side="right")) - 1
-    if row >= 0 and place < int(chunks.payload[row]) + int(chunks.usable[row]):
-        return ChunkState(int(chunks.state[row])) in DEAD or Verdict(int(chunks.verdict[row])) in LOST
-    if found.main_arena[0] <= place < found.main_arena[1]:
-        return True
-    return any(stack - (1 << 20) < place < stack - RED_ZONE_BYTES for stack in found.stack_pointers)

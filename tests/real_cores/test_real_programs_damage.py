@@ -12,57 +12,22 @@ import random
 import shutil
 import signal
 import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 import coreheap
-from coreheap.evidence import Confidence
-from coreheap.report import Report
 from tests.conftest import skip_unless_ci
 from tests.real_cores import cores, real_programs
+from tests.real_cores.comparison import sure_damage
 from tests.real_cores.real_programs import CannotRun, tool
+from tests.real_cores.workers import Worker, killed
 
 TIMES = int(os.environ.get("COREHEAP_KILLS", "3"))
 """How often each program is killed; more by hand."""
-DAMAGE_CODES = ("CORRUPTION-", "DOUBLE-FREE", "USE-AFTER-FREE")
-
-
-def sure_damage(report: Report) -> list[str]:
-    """What the report is sure of, wrongly: damage that is certain or strong."""
-    found = [
-        f"{finding.code} {finding.confidence.value}"
-        for finding in report.findings
-        if finding.code.startswith(DAMAGE_CODES) and finding.confidence.rank > Confidence.PLAUSIBLE.rank
-    ]
-    found += [
-        f"{damage.kind.value} {damage.place.value} at {damage.bytes.start:#x} {damage.confidence.value}"
-        for damage in report.damages
-        if damage.confidence.rank > Confidence.PLAUSIBLE.rank
-    ]
-    return found
-
 
 # ----------------------------------------------------------------------------------- the programs
-
-
-@dataclass(frozen=True, slots=True)
-class Worker:
-    """A program that allocates without end. ``feed`` is written to it again and again."""
-
-    package: str
-    prepare: Callable[[Path], Sequence[str]]
-    feed: str = ""
-    environment: dict[str, str] = field(default_factory=dict)
-    signal: signal.Signals = signal.SIGSEGV
-    user: str | None = None
-    starts_in: float = 0.2
-    """Seconds before the work proper."""
 
 
 PYTHON = """
@@ -204,65 +169,6 @@ WORKERS = {
 }
 
 
-@contextmanager
-def _running(worker: Worker, command: Sequence[str], work: Path) -> Iterator[subprocess.Popen[bytes]]:
-    environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "HOME": str(work), **worker.environment}
-    unlimited = [tool("prlimit", "util-linux"), "--core=unlimited", "--"]
-    with (work.parent / "output").open("wb") as output:
-        process = subprocess.Popen(
-            [*unlimited, *command], cwd=work, env=environment, user=worker.user, bufsize=0,
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=output,
-        )  # fmt: skip
-        feeder = threading.Thread(target=_feed, args=(process, worker.feed.encode()), daemon=True)
-        feeder.start()
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
-            feeder.join()
-            assert process.stdin is not None
-            process.stdin.close()
-
-
-def _feed(process: subprocess.Popen[bytes], text: bytes) -> None:
-    assert process.stdin is not None
-    rest = text
-    with suppress(OSError):  # dead, as was meant
-        while rest:
-            rest = rest[process.stdin.write(rest) or 0 :] or text
-
-
-def killed(worker: Worker, command: Sequence[str], work: Path, moment: float) -> Path | None:
-    """The core of the worker killed so many seconds after its first malloc; None when it had ended by itself."""
-    for old in _cores_in(work):
-        old.unlink()
-    with _running(worker, command, work) as process:
-        while process.poll() is None and not _has_heap(process.pid):
-            time.sleep(0.005)
-        time.sleep(moment)
-        if process.poll() is not None:
-            return None
-        os.kill(process.pid, worker.signal)
-        process.wait()
-    cores = _cores_in(work)
-    assert len(cores) == 1, (work.parent / "output").read_text(errors="replace")[-500:]
-    return cores[0]
-
-
-def _has_heap(pid: int) -> bool:
-    """Whether the worker itself, no longer prlimit, has memory of brk: before that it has no heap that could be damaged."""
-    try:
-        is_worker = Path(f"/proc/{pid}/comm").read_text() != "prlimit\n"
-        return is_worker and "[heap]" in Path(f"/proc/{pid}/maps").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def _cores_in(work: Path) -> list[Path]:
-    return [path for path in work.rglob("core*") if path.is_file() and path.name.rstrip("0123456789.") == "core"]
-
-
 @pytest.mark.parametrize("name", WORKERS)
 def test_killed_at_any_moment_it_is_no_damage(name: str, tmp_path: Path) -> None:
     if not cores.kernel_writes_cores_here():
@@ -281,10 +187,10 @@ def test_killed_at_any_moment_it_is_no_damage(name: str, tmp_path: Path) -> None
     done = 0
     for number in range(4 * TIMES):
         moment = worker.starts_in + moments.random() * 0.7 / (1 + number // TIMES)
-        core = killed(worker, command, work, moment)
-        if core is None:
+        found = killed(worker, command, work, moment)
+        if found is None:
             continue
-        with coreheap.open(core) as opened:
+        with coreheap.open(found[0]) as opened:
             report = coreheap.analyze(opened)
         assert report.heap is not None
         assert sure_damage(report) == []

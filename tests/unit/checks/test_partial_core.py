@@ -60,6 +60,23 @@ def test_what_a_whole_core_does_not_tell_is_not_missing(case_of: CaseOf, cause: 
     assert finding.quantity("writable_bytes_not_saved") == 0x10000
 
 
+def test_what_damage_made_unreadable_is_not_missing(case_of: CaseOf) -> None:
+    """A top pointer of rubbish leads to no memory that the core could have had."""
+    gap = Gap("top_not_saved", "top is not in the core")
+    case = case_of(build_process(release("2.36"), THREADS))
+    assert case.heap is not None
+    unknown = dataclasses.replace(case.heap, gaps=(gap,))
+    (finding,) = findings(dataclasses.replace(case, heap=unknown))
+    assert finding.code == "PARTIAL-CORE"
+    damaged = dataclasses.replace(unknown, anomaly_count=1)
+    assert findings(dataclasses.replace(case, heap=damaged)) == ()
+    whole = build_process(release("2.36"), THREADS)
+    whole.unsaved.append((UNRELATED, UNRELATED + 0x10000, "rw-"))
+    case = case_of(whole)
+    assert case.heap is not None
+    assert findings(dataclasses.replace(case, heap=dataclasses.replace(case.heap, gaps=(gap,), anomaly_count=1))) != ()
+
+
 def test_unsaved_memory_beside_a_sound_heap_is_not_partial(case_of: CaseOf) -> None:
     process = build_process(release("2.36"), THREADS)
     process.unsaved.append((UNRELATED, UNRELATED + 0x10000, "rw-"))

@@ -53,6 +53,20 @@ def test_a_thread_pointer_that_is_not_recorded_is_unknown(tmp_path: Path, elf_cl
     assert two.thread_pointer == 0x9100
 
 
+@pytest.mark.parametrize(("elf_class", "machine"), MACHINES)
+def test_the_workers_of_io_uring_are_no_threads_of_the_program(tmp_path: Path, elf_class: int, machine: str) -> None:
+    """All their registers are 0, and the thread pointer is a copy; without one, or with one of its own, it is any thread."""
+    builder = CoreBuilder(elf_class, machine)
+    builder.add_thread(100, stack_pointer=0x7000, program_counter=0x8000, thread_pointer=0x9000)
+    builder.add_thread(101, thread_pointer=0x9000)
+    builder.add_thread(102, stack_pointer=0x7100, program_counter=0x8100, thread_pointer=0x9100)
+    builder.add_thread(103, thread_pointer=0x9100).add_thread(104, thread_pointer=0x9000)
+    builder.add_thread(105, thread_pointer=0x9200).add_thread(106)
+    core = opened(builder, tmp_path)
+    assert [(thread.index, thread.lwp) for thread in core.threads] == [(0, 100), (1, 102), (2, 105), (3, 106)]
+    assert [thread.thread_pointer for thread in core.threads] == [0x9000, 0x9100, 0x9200, None]
+
+
 def test_the_notes_of_each_thread_are_where_they_are(tmp_path: Path) -> None:
     builder = CoreBuilder()
     builder.add_thread(100, extra_notes=[(b"LINUX", 0x202, b"first state")])

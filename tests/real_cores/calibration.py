@@ -1,0 +1,216 @@
+"""How often each finding was given on real cores, by confidence, and how often it was not true.
+
+The cores are those of fixtures/programs that lie in the cache, each with what its process wrote down (truth.py), and of
+damaged heaps what was damaged (damage_truth.py). A finding is *wrong* where that refutes it, *right* where it says the same, and *not judged*
+where no record tells: the code then counts as given alone. docs/proven.md has the table, with the campaign's counts in it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+
+import coreheap
+from coreheap.evidence import Confidence
+from coreheap.heap import HeapSnapshot
+from coreheap.leaks import Verdict
+from coreheap.report import Finding, Report
+from tests.real_cores import cores
+from tests.real_cores.cases import CASES, MATRIX, Case
+from tests.real_cores.comparison import copies_of, falsely_lost, verdicts_at
+from tests.real_cores.damage_cases import DAMAGE
+from tests.real_cores.damage_truth import CORRUPTION, EXPECTED, EXPECTED_MET, Account, Expected, account_of
+from tests.real_cores.truth import MEANT, Truth, load_truth
+
+DEFAULT_FILTER = 0x33
+
+
+class Judgement(Enum):
+    RIGHT = "right"
+    WRONG = "wrong"
+    NOT_JUDGED = "not judged"
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """One finding on one core."""
+
+    core: str
+    code: str
+    confidence: str
+    judgement: Judgement
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    cores: int
+    statements: tuple[Statement, ...]
+
+    @property
+    def wrong(self) -> tuple[Statement, ...]:
+        """What was certain or strong and is not true. There must be none."""
+        sure = {confidence.value for confidence in Confidence if confidence.rank > Confidence.PLAUSIBLE.rank}
+        return tuple(s for s in self.statements if s.judgement is Judgement.WRONG and s.confidence in sure)
+
+
+def cached() -> Iterator[tuple[Case, Path, Path]]:
+    """Every case of the tables whose core and truth are in the cache; those that are only measured are left out."""
+    directory = cores.default_directory()
+    for table in (CASES, DAMAGE, MATRIX):
+        for name, case in table.items():
+            if not case.slow and (directory / f"{name}.core").exists():
+                with suppress(cores.CannotMake, cores.RunFailed):
+                    paths = cores.core_for(name)  # made anew where its program has changed
+                    yield case, paths.core, paths.truth
+
+
+def count() -> Calibration:
+    """Analyses every cached core."""
+    statements: list[Statement] = []
+    number = 0
+    for case, core, truth_file in cached():
+        truth = load_truth(truth_file)
+        with coreheap.open(core) as opened:
+            report = coreheap.analyze(opened)
+        number += 1
+        for finding in report.findings:
+            judgement, why = judged(finding, report, truth, case)
+            statements.append(Statement(case.name, finding.code, finding.confidence.value, judgement, why))
+    return Calibration(number, tuple(statements))
+
+
+# ---------------------------------------------------------------------------------- judgements
+
+
+def judged(finding: Finding, report: Report, truth: Truth, case: Case) -> tuple[Judgement, str]:
+    """Whether what the process wrote down refutes the finding, and how."""
+    if finding.code in CORRUPTION:
+        return _damage(finding, truth, case)
+    if finding.code == "OTHER-ALLOCATOR":
+        return _of(_other_allocator(finding, case))
+    if finding.code == "PARTIAL-CORE":
+        complete = truth.coredump_filter & DEFAULT_FILTER == DEFAULT_FILTER and "hidden" not in case.name
+        return _of("the core is complete" if complete else "")
+    if report.heap is not None and truth.events_recorded:
+        if finding.code == "LEAK":
+            return _of(", ".join(falsely_lost(report.heap, truth)[:3]))
+        if finding.code == "POSSIBLE-LEAK":
+            return _of(_possible(report.heap, truth))
+    if finding.code in FIGURES and truth.malloc_info is not None and report.heap is not None:
+        return _of(_figures(finding, report.heap, truth))
+    return Judgement.NOT_JUDGED, ""
+
+
+def _of(why_wrong: str) -> tuple[Judgement, str]:
+    return (Judgement.WRONG, why_wrong) if why_wrong else (Judgement.RIGHT, "")
+
+
+def _damage(finding: Finding, truth: Truth, case: Case) -> tuple[Judgement, str]:
+    bare = case.name.rpartition("/")[2]
+    how, _, kind = bare.partition("_")
+    kind = kind.partition("@")[0]
+    if how in ("damaged", "met") and kind in EXPECTED:
+        expected = EXPECTED[kind] if how == "damaged" else EXPECTED_MET[kind]
+        return _known_damage(finding, expected, account_of(truth), met=how == "met")
+    if how == "undamaged" or not is_damaged(truth):
+        return Judgement.WRONG, "the heap is sound"
+    return Judgement.NOT_JUDGED, ""
+
+
+def is_damaged(truth: Truth) -> bool:
+    """Whether the process says that it did anything wrong to its heap."""
+    told = {"victim", "culprit", "changed", "overflow", "freed_twice", "wrong_free"} & truth.notes.keys()
+    return bool(truth.damage or len(truth.double_freed_payload_address) or told)
+
+
+def _known_damage(finding: Finding, expected: Expected, account: Account, *, met: bool) -> tuple[Judgement, str]:
+    """The code has to be the true one, and a culprit that is named the true culprit."""
+    if finding.code == "ALLOCATOR-LOCKED":
+        return _of("" if met else "no thread is inside malloc")
+    true_codes = set(expected.codes[:1])
+    if expected.codes[:2] == ("CORRUPTION-ALLOCATOR-DATA", "CORRUPTION-FREE-LIST"):
+        true_codes = set(expected.codes[:2])  # both are true of heads and counts
+    if finding.code not in true_codes:
+        return Judgement.WRONG, f"it is {expected.codes[0]}"
+    culprit = finding.quantity("culprit_address")
+    if culprit is not None and culprit != account.culprit:
+        return Judgement.WRONG, f"culprit {culprit}, not {account.culprit}"
+    return Judgement.RIGHT, ""
+
+
+def _other_allocator(finding: Finding, case: Case) -> str:
+    name = case.name.rpartition("/")[2]
+    has = {name.removeprefix("other_allocator_").partition("@")[0]} if name.startswith("other_allocator_") else set()
+    has |= {"jemalloc"} if "libjemalloc.so.2" in " ".join(case.arguments) else set()
+    return "" if finding.subject in has else f"it has no {finding.subject}"
+
+
+def _possible(heap: HeapSnapshot, truth: Truth) -> str:
+    """Wrong where every block that may be lost is known to be held."""
+    held = [number for number, word in MEANT.items() if word in ("reachable", "weak")]
+    kept = truth.meant_payload_address[np.isin(truth.meant_verdict, held)]
+    count = int((verdicts_at(heap, truth.live_payload_address) == Verdict.POSSIBLY_LOST).sum())
+    known = int((verdicts_at(heap, kept) == Verdict.POSSIBLY_LOST).sum())
+    return f"all {count} blocks are held" if count and count == known else ""
+
+
+FIGURES = ("RETAINED-FREE", "PINNED-HEAP", "FRAGMENTATION", "ARENA-BLOAT", "TCACHE-HOARD")
+
+
+def _figures(finding: Finding, heap: HeapSnapshot, truth: Truth) -> str:
+    """Numbers of free memory and arenas against malloc_info and the tcaches as the process had them."""
+    info = truth.malloc_info
+    assert info is not None
+    if finding.code == "TCACHE-HOARD":
+        cached = len(truth.cached_payload_address) + len(truth.orphan_cached_payload_address)
+        said = finding.quantity("blocks")
+        return "" if said == cached else f"{said} cached blocks, the process had {cached}"
+    if finding.code == "ARENA-BLOAT":
+        said, others = finding.quantity("arenas"), len(info.heaps) - 1
+        return "" if len(heap.copies) > 1 or said == others else f"{said} arenas, the process had {others}"
+    free = finding.quantity("free_bytes")
+    # malloc_info is one copy's word; the others gave theirs by mallinfo.
+    writer = int(truth.notes.get("malloc_info_of", ("0",))[0])
+    of_others = sum(copy.free_bytes for copy in copies_of(truth) if copy.number != writer)
+    most = of_others + info.rest.bytes + info.fast.bytes + sum(cache.chunk_bytes for cache in heap.thread_caches)
+    return f"{free} bytes free, at most {most} are" if isinstance(free, int) and free > most else ""
+
+
+# ------------------------------------------------------------------------------------ the counts
+
+
+def rows(statements: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, int, int, int]]:
+    """(code, confidence, given, wrong, not judged) of (code, confidence, judgement), the surest first."""
+    order = {confidence.value: -confidence.rank for confidence in Confidence}
+    counts = Counter(statements)
+    kinds = sorted({(code, confidence) for code, confidence, _ in counts}, key=lambda kind: (kind[0], order[kind[1]]))
+    result = []
+    for code, confidence in kinds:
+        of = {judgement: counts[code, confidence, judgement.value] for judgement in Judgement}
+        result.append((code, confidence, sum(of.values()), of[Judgement.WRONG], of[Judgement.NOT_JUDGED]))
+    return result
+
+
+def show(found: Calibration) -> None:
+    print(f"{found.cores} cores")
+    for code, confidence, given, wrong, not_judged in rows(
+        [(s.code, s.confidence, s.judgement.value) for s in found.statements]
+    ):
+        print(f"{code:28} {confidence:10} given {given:5}, wrong {wrong:4}, not judged {not_judged:4}")
+    for statement in found.statements:
+        if statement.judgement is Judgement.WRONG:
+            print(f"  {statement.core}: {statement.code} {statement.confidence}: {statement.why}")
+
+
+def document(found: Calibration, revision: str) -> dict[str, object]:
+    """What is kept: fixtures/facts/calibration.json."""
+    counted = rows([(s.code, s.confidence, s.judgement.value) for s in found.statements])
+    wrong = [{**asdict(s), "judgement": s.judgement.value} for s in found.wrong]
+    return {"revision": revision, "cores": found.cores, "rows": counted, "wrong": wrong}

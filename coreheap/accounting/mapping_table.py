@@ -92,8 +92,8 @@ def labelled_pieces(core: Core, claims: Claims, *, residency: bool = True) -> La
     saved = saved_runs(memory).bytes_within(pieces.start, pieces.end)
     basis, sure, low, high = _resident(core, pieces, kind, saved, residency)
     size = pieces.end - pieces.start
-    no_header = memory.region_segment[pieces.region] < 0
-    flags = np.where(no_header, np.uint8(UNKNOWN_FLAGS), memory.region_flags[pieces.region])
+    own = memory.region_flags[pieces.region]
+    flags = np.where((memory.region_segment[pieces.region] < 0) & (own == 0), np.uint8(UNKNOWN_FLAGS), own)
     return LabelledPieces(
         pieces=pieces,
         kind=kind,

@@ -28,7 +28,7 @@ from coreheap.corefile.image import CoreImage, read_image
 from coreheap.corefile.local_files import FileFinder
 from coreheap.corefile.mapped_files import MappedFiles, read_mapped_files
 from coreheap.corefile.memory import AddressSpace
-from coreheap.corefile.modules import Module, fetch_symbols, file_bytes_of, find_modules
+from coreheap.corefile.modules import Module, fetch_symbols, file_bytes_of, find_modules, rights_by_headers
 from coreheap.corefile.notes import read_notes, text_of, writer_of
 from coreheap.corefile.process import (
     AT_EXECFN,
@@ -161,6 +161,7 @@ class Core:
         self.memory.use_file_bytes(tuple)
         found = find_modules(self.memory, self.auxv, self._finder, self._gaps)
         self.memory.use_file_bytes(lambda: file_bytes_of(found))
+        self.memory.region_flags = rights_by_headers(self.memory, found)
         return found
 
     def fetch_symbols(self, module: Module) -> None:

@@ -52,8 +52,8 @@ class AddressSpace:
     """All regions of the process in the order of their addresses, and the ways to read them.
 
     Columns, one row a region: ``region_start``, ``region_end`` uint64, ``region_flags`` uint8 (4
-    read, 2 write, 1 execute; 0 where no program header tells them), ``region_backing`` uint8
-    (``Backing``), ``region_file_index`` int32 (row of ``mapped_files``, -1 for anonymous memory),
+    read, 2 write, 1 execute; where the core has no program header those of the module's, once modules
+    are known, else 0), ``region_backing`` uint8 (``Backing``), ``region_file_index`` int32 (row of ``mapped_files``, -1 for anonymous memory),
     ``region_segment`` int32 (program header, -1 where only NT_FILE names the region). Regions do
     not overlap.
 

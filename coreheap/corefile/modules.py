@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from coreheap.corefile import elf
 from coreheap.corefile.elf import ElfHeader, ProgramHeaders
@@ -465,3 +466,27 @@ def _main_module(modules: Sequence[Module], auxv: Mapping[int, int]) -> Module |
 
 def _has_text_relocations(dynamic: Mapping[int, int]) -> bool:
     return _DT_TEXTREL in dynamic or bool(dynamic.get(_DT_FLAGS, 0) & _DF_TEXTREL)
+
+
+def rights_by_headers(memory: AddressSpace, modules: Sequence[Module]) -> npt.NDArray[np.uint8]:
+    """``region_flags`` with those of regions that NT_FILE alone tells of: what the module's own program headers ask for.
+
+    gdb leaves text and read-only data to the files and writes no program header for them. A region that is not of one segment
+    alone stays as it is.
+    """
+    flags = memory.region_flags.copy()
+    untold = np.flatnonzero((memory.region_segment < 0) & (memory.region_file_index >= 0))
+    starts, ends = memory.region_start[untold], memory.region_end[untold]
+    page = memory.page_bytes
+    for module in modules:
+        first, last = np.searchsorted(starts, np.array([module.start, module.end], np.uint64)).tolist()
+        if first == last or module.program_headers is None or module.load_bias is None:
+            continue
+        for row in module.program_headers.rows_of_kind(elf.PT_LOAD).tolist():
+            begin = module.load_bias + int(module.program_headers.address[row]) & _ADDRESS_MASK
+            end = min(begin + int(module.program_headers.memory_bytes[row]), module.end)
+            # The later of two segments in one page has it: the loader maps them in their order.
+            within = starts[first:last] >= np.uint64(begin - begin % page)
+            within &= ends[first:last] <= np.uint64(end + -end % page)
+            flags[untold[first:last][within]] = int(module.program_headers.flags[row]) & 7
+    return flags

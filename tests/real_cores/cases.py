@@ -327,7 +327,9 @@ def _split_cases() -> Iterator[Case]:
             yield Case(f"split_{where}_headers_{how}", "splits", arguments)
     for how in ("none", "read", "dump", "unmap"):
         yield Case(f"split_top_{how}@native", "splits", ("where=main", "at=top", f"how={how}", "seed=241"))
-    yield Case("split_lost", "splits", ("where=lost", "seed=242"))
+    lost = Case("split_lost", "splits", ("where=lost", "seed=242"))
+    yield lost
+    yield lost.variant("gcore", made_by="gcore")
 
 
 CASES: Mapping[str, Case] = {case.name: case for case in _all_cases()}

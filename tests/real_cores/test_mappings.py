@@ -191,6 +191,26 @@ def test_what_gdb_wrote_gives_bounds() -> None:
     assert all(low <= one.resident_bytes <= high for one, (low, high) in zip(private, bounds, strict=True))
 
 
+GDBS = ("threads_kept@gcore", "stacks@gcore", "split_lost@gcore")
+
+
+@pytest.mark.parametrize("case", GDBS)
+def test_rights_that_gdb_leaves_out_are_those_of_the_program_headers(case: str) -> None:
+    """gdb writes no program header for text and read-only data of files."""
+    paths = core_or_skip(case)
+    told = 0
+    with coreheap.open(paths.core) as core:
+        _ = core.modules
+        for one in mappings_of(load_truth(paths.truth)):
+            region = core.memory.region_index(one.start)
+            is_left_out = region is not None and int(core.memory.region_segment[region]) < 0
+            if region is not None and is_left_out and any(m.start <= one.start < m.end for m in core.modules):
+                asked = sum(bit for name, bit in (("r", 4), ("w", 2), ("x", 1)) if name in one.permissions)
+                assert (int(core.memory.region_flags[region]), one) == (asked, one)
+                told += 1
+    assert told >= 2
+
+
 def table_and_truth(case: str) -> tuple[MappingTable, Report, Truth]:
     paths = core_or_skip(case)
     with coreheap.open(paths.core) as core:

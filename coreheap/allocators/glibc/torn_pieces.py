@@ -70,8 +70,8 @@ class TornPieces:
         found: list[int] = []
         for start, end in anonymous_ranges(self._core, excluded):
             for low, high in joined(memory.populated_extents(start, end)):
-                headers = np.arange(low + -low % page, high, page, dtype=np.uint64)
-                headers += np.uint64(self._layout.aligned_header(0))
+                phase = self._layout.aligned_header(0)
+                headers = np.arange(low + -low % page + phase, high, page, dtype=np.uint64)
                 size_word, saved = words_at(memory, headers + np.uint64(geometry.word_bytes))
                 size = size_word & np.uint64(~FLAGS & (1 << 64) - 1)
                 fits = saved & (size_word & np.uint64(FLAGS) == PREV_INUSE)

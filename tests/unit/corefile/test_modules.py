@@ -105,6 +105,22 @@ class TestFiles:
         with pytest.raises(MemoryFault):
             memory.view(BASE + 0x800, BASE + 0x801)
 
+    @pytest.mark.parametrize(("told_pages", "expected"), [(1, 5), (2, 0)])
+    def test_rights_of_what_the_core_has_no_program_header_for(
+        self, tmp_path: Path, told_pages: int, expected: int
+    ) -> None:
+        """gdb leaves text to the file: the module's own program header tells, where one has the whole region."""
+        image = elf_image(build_id=BUILD_ID, text=b"text", total_bytes=3 * PAGE)
+        builder = CoreBuilder().add_thread()
+        builder.add_segment(BASE, image[:PAGE], PAGE, "r--")
+        builder.add_file_mapping(BASE, BASE + PAGE, 0, LIBRARY)
+        builder.add_file_mapping(BASE + PAGE, BASE + (1 + told_pages) * PAGE, PAGE, LIBRARY)
+        core = open_core(builder.write(tmp_path / "core"))
+        assert only_module(core).program_headers is not None
+        region = core.memory.region_index(BASE + PAGE)
+        assert region is not None
+        assert int(core.memory.region_flags[region]) == expected
+
     def test_written_memory_is_never_read_from_a_file(self, tmp_path: Path) -> None:
         image = library()
         with_file(tmp_path / "root", image)

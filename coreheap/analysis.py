@@ -26,6 +26,7 @@ from coreheap.free_memory import FreeMemoryReport
 from coreheap.heap import NOTHING_LEFT_OUT, HeapSnapshot, StateTotals, sum_of_totals
 from coreheap.kernels import active_name
 from coreheap.knobs import read_settings
+from coreheap.leaks import OPTIONAL_HEURISTICS, Heuristic
 from coreheap.mappings import ResidencyBasis
 from coreheap.report import (
     CoreSummary,
@@ -53,7 +54,7 @@ class AnalysisOptions:
     ``leaks`` looks for leaks: every pointer in the core is followed. ``retained`` computes as well what each chunk
     keeps alive, which takes longer than all else together; it is of no use without ``leaks``. ``low_memory`` looks for leaks
     without holding all references in memory, which takes longer. Without ``residency`` nothing is read only to learn which pages
-    were in memory.
+    were in memory. ``heuristics`` are those that may make a verdict on a chunk milder than plain pointers do.
     """
 
     progress: Progress = lambda phase, done, total: None
@@ -61,6 +62,7 @@ class AnalysisOptions:
     retained: bool = False
     low_memory: bool = False
     residency: bool = True
+    heuristics: frozenset[Heuristic] = OPTIONAL_HEURISTICS
 
 
 def analyze(core: Core, options: AnalysisOptions | None = None) -> Report:
@@ -204,7 +206,15 @@ def _search_leaks(
     # Imported here: without leaks nothing of it is needed.
     from coreheap.leak_search import search_leaks
 
-    search = partial(search_leaks, core, heap, progress, retained=options.retained, low_memory=options.low_memory)
+    search = partial(
+        search_leaks,
+        core,
+        heap,
+        progress,
+        retained=options.retained,
+        low_memory=options.low_memory,
+        heuristics=options.heuristics,
+    )
     return _answer("leak search", search, defects)
 
 

@@ -7,7 +7,7 @@ references are found (``references``), or what a finding is.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,14 @@ from coreheap.allocators.protocol import Progress
 from coreheap.corefile import Core
 from coreheap.evidence import Gap
 from coreheap.heap import HeapSnapshot
-from coreheap.leaks import Explanation, LeakReport, OwnerNode, RetainedReport
+from coreheap.leaks import (
+    OPTIONAL_HEURISTICS,
+    Explanation,
+    Heuristic,
+    LeakReport,
+    OwnerNode,
+    RetainedReport,
+)
 from coreheap.quantities import format_count
 from coreheap.references import (
     ReferenceGraph,
@@ -99,14 +106,20 @@ class LeakSearch:
 
 
 def search_leaks(
-    core: Core, heap: HeapSnapshot, progress: Progress, *, retained: bool, low_memory: bool = False
+    core: Core,
+    heap: HeapSnapshot,
+    progress: Progress,
+    *,
+    retained: bool,
+    low_memory: bool = False,
+    heuristics: Collection[Heuristic] = OPTIONAL_HEURISTICS,
 ) -> LeakSearch:
     """Verdicts on all chunks of a heap. A heap that is too large for a graph gives a gap.
 
     Without memory for all references the verdicts are found without them, as with ``low_memory``.
     """
     try:
-        graph = _graph(core, heap, progress, low_memory)
+        graph = _graph(core, heap, progress, low_memory, heuristics)
         references = References(graph, progress)
         leaks = references.leaks
     except (OverflowError, MemoryError) as error:
@@ -124,13 +137,15 @@ def search_leaks(
     return LeakSearch(with_verdicts, references, leaks, largest, gaps)
 
 
-def _graph(core: Core, heap: HeapSnapshot, progress: Progress, low_memory: bool) -> ReferenceGraph:
+def _graph(
+    core: Core, heap: HeapSnapshot, progress: Progress, low_memory: bool, heuristics: Collection[Heuristic]
+) -> ReferenceGraph:
     try:
-        return build_graph(core, heap, progress, low_memory=low_memory)
+        return build_graph(core, heap, progress, low_memory=low_memory, heuristics=heuristics)
     except MemoryError:
         if low_memory:
             raise
-    return build_graph(core, heap, progress, low_memory=True)
+    return build_graph(core, heap, progress, low_memory=True, heuristics=heuristics)
 
 
 def explain_place(core: Core, address: int) -> Explanation:

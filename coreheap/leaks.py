@@ -41,6 +41,52 @@ VERDICTS = tuple(verdict for verdict in Verdict if verdict is not Verdict.NONE)
 """All verdicts on chunks in use, the most harmless first."""
 
 
+class Heuristic(IntEnum):
+    """By which pattern a chunk is held that no plain pointer to its start holds; in a column as uint8.
+
+    The first ones make a chunk *still reachable*, as memcheck's of the same meaning do; all others make what nothing leads to
+    *possibly* lost.
+    """
+
+    NONE = 0
+    NEW_ARRAY = 1
+    """A pointer to the first element of ``new T[n]``, behind the count that the compiler keeps (Itanium C++ ABI, 2.7)."""
+    SECOND_BASE = 2
+    """A pointer to a word that is itself a pointer into a module's constants or code: the table of a base's virtual functions."""
+    CONSTANT_OFFSET = 3
+    """All blocks of a size, or of all sizes, are pointed to at one distance: a wrapper's header, a list linked by a member."""
+    LENGTH_PREFIX = 4
+    """A pointer behind a length that fits the block: strings of many libraries."""
+    EXCEPTION_POINTER = 5
+    """A thrown C++ object, behind the header of libsupc++ (std::exception_ptr)."""
+    HIGH_TAG = 6
+    LOW_TAG = 7
+    SHIFTED = 8
+    BYTE_SWAPPED = 9
+    UNALIGNED = 10
+    COMPRESSED = 11
+    HALVES = 12
+    """These seven: the address is kept in that form (``kernels.PointerForm``)."""
+    SIGNAL_STACK = 13
+    """Of the size of an alternate signal stack, whose address only the kernel has (sigaltstack)."""
+    MISSING_SHARED_MEMORY = 14
+    """Shared memory that the core does not hold has room for pointers to all of them."""
+
+    @property
+    def label(self) -> str | None:
+        """The name in JSON, CSV and options: lower snake case; None for NONE."""
+        return None if self is Heuristic.NONE else self.name.lower()
+
+    @property
+    def is_encoding(self) -> bool:
+        """Whether the address was found in another form than as it is."""
+        return Heuristic.HIGH_TAG <= self <= Heuristic.HALVES
+
+
+OPTIONAL_HEURISTICS = frozenset(Heuristic) - {Heuristic.NONE, Heuristic.MISSING_SHARED_MEMORY}
+"""Those that can be switched off. What the core does not hold is no guess."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkTypes:
     """What chunks hold, where something recognised it: ``code``: uint32[chunks], an index into ``names``; names[0] is "",
@@ -148,6 +194,8 @@ class LeakGroup:
     arenas: tuple[tuple[int | None, int], ...]
     samples: tuple[int, ...]
     holder: str | None = None
+    heuristic: Heuristic = Heuristic.NONE
+    """Why they are no more than possibly lost, or still reachable without a pointer to their start."""
 
     @property
     def all_bytes(self) -> int:
@@ -183,6 +231,13 @@ class LeakReport:
     """Shared mappings that the core does not hold: pointers there are not seen, though programs rarely keep any."""
     unreachable: VerdictTotal = VerdictTotal()
     """What nothing in the core leads to. Where roots are missing this is a part of what is possibly lost."""
+    unreachable_possible: VerdictTotal = VerdictTotal()
+    """The part of it that is possibly lost, but for what encoded pointers lead to."""
+    held_inside: VerdictTotal | None = None
+    """Chunks that themselves are pointed into, with nothing better leading to them: what hangs from these is as sure as they
+    are. None where it was not looked for."""
+    heuristics: tuple[tuple[Heuristic, VerdictTotal], ...] = ()
+    """By heuristic the chunks that it made possibly lost (with what these lead to) or still reachable; the largest first."""
 
     def total(self, *verdicts: Verdict) -> VerdictTotal:
         """Chunks of some verdicts together; of all chunks in use when none is named."""

@@ -296,15 +296,19 @@ def _free_residency(free_memory: FreeMemoryReport | None, arenas: Iterable[Arena
 
 
 def leak_verdict(leaks: LeakReport | None, findings: tuple[Finding, ...]) -> Iterator[VerdictItem]:
-    """What of the live chunks is lost, where a finding says that it matters."""
+    """What of the live chunks is lost, where a finding says that it matters.
+
+    What strong roots lead into, or keep in another form, is no part of it: healthy programs keep most of their heap so.
+    """
+    if leaks is None:
+        return
     parts = {
-        "LEAK": ("lost", (Verdict.DEFINITELY_LOST, Verdict.INDIRECTLY_LOST)),
-        "POSSIBLE-LEAK": ("possibly_lost", (Verdict.POSSIBLY_LOST,)),
+        "LEAK": ("lost", leaks.total(Verdict.DEFINITELY_LOST, Verdict.INDIRECTLY_LOST).usable_bytes),
+        "POSSIBLE-LEAK": ("possibly_lost", leaks.unreachable_possible.usable_bytes),
     }
     for finding in findings:
-        if leaks is None or finding.code not in parts:
+        topic, part = parts.get(finding.code, ("", 0))
+        if not part:
             continue
-        topic, verdicts = parts[finding.code]
-        part, whole = leaks.total(*verdicts).usable_bytes, leaks.total().usable_bytes
         against = tuple(fact.statement for fact in finding.evidence if fact.speaks_against)
-        yield VerdictItem(topic, part, whole, "live_chunks", finding.confidence, against)
+        yield VerdictItem(topic, part, leaks.total().usable_bytes, "live_chunks", finding.confidence, against)

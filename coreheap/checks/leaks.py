@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from coreheap.checks.protocol import Case
 from coreheap.doubts import Doubt, doubt, gap_consequences, heap_doubts, identity_doubts, map_doubts, thread_doubts
 from coreheap.evidence import Confidence, Evidence, Strength, confidence_from
 from coreheap.heap import HeapSnapshot
-from coreheap.leaks import LeakGroup, LeakReport, Verdict
+from coreheap.leaks import Heuristic, LeakGroup, LeakReport, Verdict, VerdictTotal
 from coreheap.quantities import KIB, MIB, format_bytes, format_count
 from coreheap.report import Finding, Quantity, Severity, Unit
 
@@ -86,49 +86,56 @@ def _leak(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> Iterator[Finding
 
 
 def _possible_leak(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> Iterator[Finding]:
+    """What nothing in the core leads to where something is missing, and what is held by its inside or by an encoded pointer alone.
+
+    Only the first is a suspicion; what hangs from a chunk that is pointed into is as sure as that chunk, and does not count.
+    """
     possible = leaks.total(Verdict.POSSIBLY_LOST)
     whole = leaks.total().usable_bytes
-    if possible.usable_bytes < POSSIBLE_BYTES or possible.usable_bytes < POSSIBLE_SHARE * whole:
+    nothing_leads = leaks.unreachable_possible
+    encoded = _total_of(leaks, lambda heuristic: heuristic.is_encoding)
+    rest = possible.usable_bytes - nothing_leads.usable_bytes - encoded.usable_bytes
+    inside = leaks.held_inside or VerdictTotal(possible.count - nothing_leads.count - encoded.count, rest)
+    counted = nothing_leads.usable_bytes + encoded.usable_bytes + inside.usable_bytes
+    if counted < POSSIBLE_BYTES or counted < POSSIBLE_SHARE * whole:
         return
-    share = possible.usable_bytes / whole
-    is_severe = possible.usable_bytes >= POSSIBLE_WARNING_BYTES and share >= POSSIBLE_WARNING_SHARE
-    # Without definitely lost chunks, what nothing leads to is possibly lost, because roots are missing.
-    nothing_leads = leaks.unreachable if not leaks.total(Verdict.DEFINITELY_LOST).count else None
-    unreachable = nothing_leads.usable_bytes if nothing_leads else 0
+    share = counted / whole
+    is_severe = counted >= POSSIBLE_WARNING_BYTES and share >= POSSIBLE_WARNING_SHARE
     evidence = []
-    if nothing_leads and unreachable:
-        missing = leaks.missing_root_bytes
-        much = missing == 0 or missing * SAVED_PER_MISSING > case.core.saved_bytes
-        evidence += [
-            Evidence(
-                f"nothing in the core leads to {format_count(nothing_leads.count)} chunks of"
-                f" {format_bytes(unreachable)}",
-                "reference graph",
-                Strength.SOLID,
-            ),
-            Evidence(
-                f"{format_bytes(missing)} of writable memory are not in the core, where pointers to them can be"
-                if missing
-                else "no registers are in the core, where pointers to them can be",
-                "program headers and notes",
-                Strength.SOLID if much else Strength.HINT,
-                speaks_against=True,
-            ),
-        ]
-    inside = possible.count - (nothing_leads.count if nothing_leads else 0)
-    if inside:
+    if nothing_leads.usable_bytes:
         evidence.append(
             Evidence(
-                f"only pointers into their payloads, not to the starts, lead to {format_count(inside)} chunks of"
-                f" {format_bytes(possible.usable_bytes - unreachable)}",
+                f"nothing in the core leads to {format_count(nothing_leads.count)} chunks of"
+                f" {format_bytes(nothing_leads.usable_bytes)}",
+                "reference graph",
+                Strength.SOLID,
+            )
+        )
+        evidence += _what_is_missing(case, leaks)
+    if encoded.count:
+        forms = ", ".join(f"{name.label}" for name, _ in leaks.heuristics if name.is_encoding)
+        evidence.append(
+            Evidence(
+                f"{format_count(encoded.count)} chunks of {format_bytes(encoded.usable_bytes)} are held only by addresses that"
+                f" are kept in another form ({forms})",
+                "words of the core, decoded",
+                Strength.HINT,
+            )
+        )
+    if inside.count:
+        evidence.append(
+            Evidence(
+                f"only pointers into their payloads, not to the starts, lead to {format_count(inside.count)} chunks of"
+                f" {format_bytes(inside.usable_bytes)}",
                 "reference graph",
                 Strength.HINT,
             )
         )
     groups = [group for group in leaks.groups if group.verdict is Verdict.POSSIBLY_LOST]
-    doubts = _doubts(case, heap, leaks)
+    doubts = _doubts(case, heap, leaks, of_shared_memory=False)
     evidence += [each.fact for each in doubts]
-    confidence = confidence_from(evidence)
+    # Neither is a sign of a leak by itself.
+    confidence = confidence_from(evidence) if nothing_leads.usable_bytes else Confidence.WEAK
     yield Finding(
         code="POSSIBLE-LEAK",
         severity=Severity.WARNING if is_severe and confidence is not Confidence.WEAK else Severity.INFO,
@@ -136,9 +143,11 @@ def _possible_leak(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> Iterato
         subject=f"{format_count(possible.count)} chunks",
         quantities=(
             Quantity("possible_bytes", possible.usable_bytes, Unit.BYTES),
-            Quantity("possible_share", share, Unit.SHARE),
+            Quantity("possible_share", possible.usable_bytes / whole, Unit.SHARE),
             Quantity("possible_count", possible.count, Unit.COUNT),
-            Quantity("unreachable_bytes", unreachable, Unit.BYTES),
+            Quantity("unreachable_bytes", nothing_leads.usable_bytes, Unit.BYTES),
+            Quantity("inside_bytes", inside.usable_bytes, Unit.BYTES),
+            Quantity("encoded_bytes", encoded.usable_bytes, Unit.BYTES),
             Quantity("missing_root_bytes", leaks.missing_root_bytes, Unit.BYTES),
             *_largest_group(groups),
         ),
@@ -147,10 +156,53 @@ def _possible_leak(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> Iterato
         weakened_by=(
             "C++ objects of several bases, arrays with a hidden count, trees and lists that are linked by inner"
             " members, and interpreters' objects are often held by interior pointers alone, and are no leak",
-            *((UNSEEN_POINTERS,) if unreachable else ()),
+            *((UNSEEN_POINTERS,) if nothing_leads.usable_bytes else ()),
             *_weakened_by(heap, doubts),
         ),
     )
+
+
+def _what_is_missing(case: Case, leaks: LeakReport) -> Iterator[Evidence]:
+    """Why what nothing leads to is no more than possibly lost."""
+    missing = leaks.missing_root_bytes
+    of_shared = _total_of(leaks, lambda heuristic: heuristic is Heuristic.MISSING_SHARED_MEMORY)
+    of_stacks = _total_of(leaks, lambda heuristic: heuristic is Heuristic.SIGNAL_STACK)
+    if missing:
+        much = missing * SAVED_PER_MISSING > case.core.saved_bytes
+        yield Evidence(
+            f"{format_bytes(missing)} of writable memory are not in the core, where pointers to them can be",
+            "program headers and notes",
+            Strength.SOLID if much else Strength.HINT,
+            speaks_against=True,
+        )
+    if of_shared.count:
+        yield Evidence(
+            f"{format_bytes(leaks.missing_shared_bytes)} of writable mapped files and shared memory are not in the core, which is"
+            f" room for pointers to all of {format_count(of_shared.count)} chunks",
+            "program headers and notes",
+            Strength.SOLID,
+            speaks_against=True,
+        )
+    if of_stacks.count:
+        yield Evidence(
+            f"{format_count(of_stacks.count)} chunks have the size of an alternate signal stack, whose address only the kernel"
+            " has",
+            "sizes of chunks and their content",
+            Strength.SOLID,
+            speaks_against=True,
+        )
+    if not (missing or of_shared.count or of_stacks.count):
+        yield Evidence(
+            "no registers are in the core, where pointers to them can be",
+            "program headers and notes",
+            Strength.SOLID,
+            speaks_against=True,
+        )
+
+
+def _total_of(leaks: LeakReport, wanted: Callable[[Heuristic], bool]) -> VerdictTotal:
+    parts = [total for name, total in leaks.heuristics if wanted(name)]
+    return VerdictTotal(sum(part.count for part in parts), sum(part.usable_bytes for part in parts))
 
 
 def _severity_of_leak(lost: int, share: float, confidence: Confidence) -> Severity:
@@ -179,7 +231,7 @@ def _group_evidence(groups: list[LeakGroup]) -> Iterator[Evidence]:
         )
 
 
-def _doubts(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> tuple[Doubt, ...]:
+def _doubts(case: Case, heap: HeapSnapshot, leaks: LeakReport, *, of_shared_memory: bool = True) -> tuple[Doubt, ...]:
     """What of this core speaks against verdicts that rest on every chunk and every pointer."""
     doubts = [*heap_doubts(heap)]
     locked = sum(bool(arena.locked) for arena in heap.arenas)
@@ -192,7 +244,7 @@ def _doubts(case: Case, heap: HeapSnapshot, leaks: LeakReport) -> tuple[Doubt, .
             )
         )
     doubts += identity_doubts(heap)
-    if leaks.missing_shared_bytes:
+    if leaks.missing_shared_bytes and of_shared_memory:
         doubts.append(
             doubt(
                 f"{format_bytes(leaks.missing_shared_bytes)} of writable mapped files and shared memory are not in the core",

@@ -42,6 +42,23 @@ CHUNK_STATES = (
 VERDICTS = ("definitely_lost", "indirectly_lost", "possibly_lost", "weakly_held", "still_reachable")
 """Equal to the labels of ``leaks.Verdict``; a test compares them."""
 
+HEURISTICS = (
+    "new_array",
+    "second_base",
+    "constant_offset",
+    "length_prefix",
+    "exception_pointer",
+    "high_tag",
+    "low_tag",
+    "shifted",
+    "byte_swapped",
+    "unaligned",
+    "compressed",
+    "halves",
+    "signal_stack",
+)
+"""Equal to the labels of ``leaks.OPTIONAL_HEURISTICS``; a test compares them."""
+
 TABLE_COMMANDS = ("arenas", "heaps", "chunks", "bins", "threads", "maps", "leaks", "top")
 """Commands that write rows: text, JSON lines or CSV."""
 ADDRESS_COMMANDS = ("explain", "owners")
@@ -149,6 +166,7 @@ class Request:
     leaks: bool = False
     retained: bool = False
     low_memory: bool = False
+    heuristics: tuple[str, ...] | None = None
     verdicts: tuple[str, ...] = ()
     lists_chunks: bool = False
     addresses: tuple[int, ...] = ()
@@ -233,6 +251,7 @@ def parse_arguments(words: Sequence[str]) -> Request:
         leaks=getattr(spoken, "leaks", spoken.command in REFERENCE_COMMANDS),
         retained=getattr(spoken, "retained", False),
         low_memory=getattr(spoken, "low_memory", False),
+        heuristics=_heuristics(spoken),
         verdicts=_words(getattr(spoken, "verdict", ()), VERDICTS, "verdict", "leaks"),
         lists_chunks=getattr(spoken, "list", False),
         addresses=tuple(getattr(spoken, "addresses", ())),
@@ -243,6 +262,14 @@ def parse_arguments(words: Sequence[str]) -> Request:
         descending=getattr(spoken, "descending", False),
         flat=getattr(spoken, "flat", False),
     )
+
+
+def _heuristics(spoken: argparse.Namespace) -> tuple[str, ...] | None:
+    """The heuristics that were asked for, None where nothing was said of them."""
+    if getattr(spoken, "strict_pointers", False):
+        return ()
+    wanted = getattr(spoken, "heuristics", None)
+    return None if wanted is None else _words(wanted, HEURISTICS, "heuristic", "leaks")
 
 
 def _sort_column(spoken: argparse.Namespace) -> str | None:
@@ -401,6 +428,24 @@ def _add_low_memory(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="look for leaks without holding all references in memory: about a third of it, in two to four times the time",
     )
+    _add_heuristics(group)
+
+
+def _add_heuristics(group: argparse._ArgumentGroup) -> None:
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--strict-pointers",
+        action="store_true",
+        help="only plain pointers to starts hold blocks: no known patterns (new[], second bases, wrappers' headers), no encoded"
+        " addresses",
+    )
+    choice.add_argument(
+        "--heuristics",
+        metavar="NAME",
+        action="append",
+        help="only these patterns and forms of pointers, separated by commas or given repeatedly (all): "
+        + ", ".join(HEURISTICS),
+    )
 
 
 def _add_reference_options(parser: argparse.ArgumentParser, command: str) -> None:
@@ -434,9 +479,11 @@ def _add_reference_options(parser: argparse.ArgumentParser, command: str) -> Non
             "--limit", metavar="N", type=_worded(_up_to(WIDEST)), help="holders and targets to tell of each (20)"
         )
         group.add_argument("--retained", action="store_true", help="compute what would go with each chunk")
+        _add_heuristics(group)
     else:
         group.add_argument("--depth", metavar="N", type=_worded(_up_to(DEEPEST)), help="levels of owners (3)")
         group.add_argument("--limit", metavar="N", type=_worded(_up_to(WIDEST)), help="owners of each chunk (10)")
+        _add_heuristics(group)
 
 
 def _worded(convert: Callable[[str], int]) -> Callable[[str], int]:

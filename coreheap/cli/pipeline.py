@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import coreheap
 from coreheap.cli.arguments import RESIDENCY_COMMANDS, Request
 from coreheap.errors import UsageError
-from coreheap.leaks import Explanation, OwnerNode, RetainedReport
+from coreheap.leaks import OPTIONAL_HEURISTICS, Explanation, Heuristic, OwnerNode, RetainedReport
 from coreheap.report import Report
 
 if TYPE_CHECKING:
@@ -96,6 +96,9 @@ def _options(request: Request, progress: Progress) -> coreheap.AnalysisOptions:
         retained=request.retained and request.command == "analyze",
         low_memory=request.low_memory,
         residency=request.command in RESIDENCY_COMMANDS,
+        heuristics=OPTIONAL_HEURISTICS
+        if request.heuristics is None
+        else frozenset(Heuristic[name.upper()] for name in request.heuristics),
     )
 
 

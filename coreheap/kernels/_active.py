@@ -54,9 +54,11 @@ if TYPE_CHECKING:
         find_chunk_runs,
         find_chunks,
         find_dominators,
+        find_encoded,
         find_free_runs,
         find_leaders,
         find_mmapped_chunks,
+        find_pointers_to,
         find_root_references,
         mark_reachable,
         mark_reachable_directly,
@@ -81,9 +83,11 @@ else:
     find_chunk_runs = _implementation.find_chunk_runs
     find_chunks = _implementation.find_chunks
     find_dominators = _implementation.find_dominators
+    find_encoded = _implementation.find_encoded
     find_free_runs = _implementation.find_free_runs
     find_leaders = _implementation.find_leaders
     find_mmapped_chunks = _implementation.find_mmapped_chunks
+    find_pointers_to = _implementation.find_pointers_to
     find_root_references = _implementation.find_root_references
     mark_reachable = _implementation.mark_reachable
     mark_reachable_directly = _implementation.mark_reachable_directly
@@ -110,9 +114,11 @@ __all__ = [
     "find_chunk_runs",
     "find_chunks",
     "find_dominators",
+    "find_encoded",
     "find_free_runs",
     "find_leaders",
     "find_mmapped_chunks",
+    "find_pointers_to",
     "find_root_references",
     "mark_reachable",
     "mark_reachable_directly",

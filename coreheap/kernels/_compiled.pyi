@@ -13,9 +13,11 @@ from coreheap.kernels.reference import find_arena_candidates as find_arena_candi
 from coreheap.kernels.reference import find_chunk_runs as find_chunk_runs
 from coreheap.kernels.reference import find_chunks as find_chunks
 from coreheap.kernels.reference import find_dominators as find_dominators
+from coreheap.kernels.reference import find_encoded as find_encoded
 from coreheap.kernels.reference import find_free_runs as find_free_runs
 from coreheap.kernels.reference import find_leaders as find_leaders
 from coreheap.kernels.reference import find_mmapped_chunks as find_mmapped_chunks
+from coreheap.kernels.reference import find_pointers_to as find_pointers_to
 from coreheap.kernels.reference import find_root_references as find_root_references
 from coreheap.kernels.reference import mark_reachable as mark_reachable
 from coreheap.kernels.reference import mark_reachable_directly as mark_reachable_directly

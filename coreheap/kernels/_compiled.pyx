@@ -28,10 +28,12 @@ from coreheap.kernels.values import (
     ChunkRuns,
     DominatorTree,
     Edges,
+    EncodedPointers,
     FreeRuns,
     LostChunks,
     MmappedChunks,
     OverlayOutcome,
+    PointersFound,
     RootReferences,
     WalkOutcome,
 )
@@ -137,6 +139,15 @@ cdef enum:
     ERROR_LOOKS_FREE = 14
     ERROR_BROKEN_FORWARD_LINK = 15
 
+cdef enum:
+    FORM_HIGH_TAG = 1
+    FORM_LOW_TAG = 2
+    FORM_SHIFTED = 3
+    FORM_BYTE_SWAPPED = 4
+    FORM_UNALIGNED = 5
+    FORM_COMPRESSED = 6
+    FORM_HALVES = 7
+
 CODES = {
     "ChunkState": {
         "IN_USE": IN_USE, "LARGE_BIN": LARGE_BIN, "TOP": TOP, "FENCEPOST": FENCEPOST, "FREE_UNLISTED": FREE_UNLISTED,
@@ -163,6 +174,11 @@ CODES = {
         "BROKEN_SIZE_RING": ERROR_BROKEN_SIZE_RING, "STRAY_SIZE_LINK": ERROR_STRAY_SIZE_LINK,
         "WRONG_KEY": ERROR_WRONG_KEY, "LOOKS_IN_USE": ERROR_LOOKS_IN_USE, "LOOKS_FREE": ERROR_LOOKS_FREE,
         "BROKEN_FORWARD_LINK": ERROR_BROKEN_FORWARD_LINK,
+    },
+    "PointerForm": {
+        "HIGH_TAG": FORM_HIGH_TAG, "LOW_TAG": FORM_LOW_TAG, "SHIFTED": FORM_SHIFTED,
+        "BYTE_SWAPPED": FORM_BYTE_SWAPPED, "UNALIGNED": FORM_UNALIGNED, "COMPRESSED": FORM_COMPRESSED,
+        "HALVES": FORM_HALVES,
     },
 }
 """The numbers that this module was compiled with, by enum and name of ``codes``."""
@@ -194,6 +210,7 @@ include "_lists.pxi"
 include "_chunk_numbers.pxi"
 include "_pointers.pxi"
 include "_edges.pxi"
+include "_lookups.pxi"
 include "_marking.pxi"
 include "_references.pxi"
 include "_dominators.pxi"

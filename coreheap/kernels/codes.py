@@ -126,3 +126,21 @@ class ListError(IntEnum):
     BROKEN_FORWARD_LINK = 15
     """``fd`` is not the chunk behind. Address: header of the node (or bin header) that holds it. Stops the walk along
     ``fd`` where the chunk that it leads to belongs to another list; goes on where it was met along ``bk``."""
+
+
+class PointerForm(IntEnum):
+    """In which form a word holds an address, where it is not the address itself."""
+
+    HIGH_TAG = 1
+    """A counter or a tag in the upper 16 bits (lock-free lists, NaN boxing)."""
+    LOW_TAG = 2
+    """The address in the upper 48 bits."""
+    SHIFTED = 3
+    """Shifted by one to four bits, to either side."""
+    BYTE_SWAPPED = 4
+    UNALIGNED = 5
+    """The address itself, across two words (packed structures)."""
+    COMPRESSED = 6
+    """In 32 bits, shifted by up to four; of 8-byte words alone."""
+    HALVES = 7
+    """As two 32-bit halves, apart from each other or the high one first; of 8-byte words alone."""

@@ -252,6 +252,31 @@ class RootReferences:
 
 
 @dataclass(frozen=True, slots=True)
+class PointersFound:
+    """Words that lead to some chunks, in the order in which they were found; columns of equal length.
+
+    ``holder_address``: uint64, where the word lies; ``word``: uint64, its value without a tag; ``target``: uint32 as in ``Edges``.
+    """
+
+    holder_address: UInt64Array
+    word: UInt64Array
+    target: UInt32Array
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPointers:
+    """Where addresses are kept in another form; columns of equal length, in the order in which they were found.
+
+    ``holder_address``: uint64, the aligned word in which the form begins; ``number``: uint32, which of the addresses; ``form``:
+    uint32, a ``PointerForm``.
+    """
+
+    holder_address: UInt64Array
+    number: UInt32Array
+    form: UInt32Array
+
+
+@dataclass(frozen=True, slots=True)
 class LostChunks:
     """Who leads the lost: ``leader``: uint32[n], ascending chunk indexes that no lost chunk outside of their own cycle
     leads to; ``leader_of``: uint32[chunks], for each lost chunk the number of its leader in ``leader`` plus one, 0 for

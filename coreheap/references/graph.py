@@ -9,9 +9,9 @@ lost), from registers and stacks along any (weakly held). What none meets is los
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from copy import copy
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -39,9 +39,13 @@ from coreheap.kernels import (
     mark_reachable_directly,
     reverse_edges,
 )
-from coreheap.leaks import RootKind, RootSummary, Verdict
+from coreheap.leaks import OPTIONAL_HEURISTICS, Heuristic, RootKind, RootSummary, Verdict
+from coreheap.references.bits import BATCH_CHUNKS, bits_of, positions_of, unpacked
+from coreheap.references.followed import with_only
+from coreheap.references.patterns import HeldByPatterns, Reached, held_by_patterns
 from coreheap.references.ranges import ADDRESS_LIMIT, RootRanges
 from coreheap.references.roots import Roots, RootValues, find_roots, missing_bytes_within
+from coreheap.references.unseen import Unseen, may_be_held
 
 UInt64s = npt.NDArray[np.uint64]
 UInt32s = npt.NDArray[np.uint32]
@@ -49,7 +53,6 @@ UInt8s = npt.NDArray[np.uint8]
 
 ADDRESS_MASKS = {"aarch64": (1 << 56) - 1}
 """The top byte of a pointer is the program's own there (arch/arm64, Tagged virtual addresses); other machines compare all bits."""
-BATCH_CHUNKS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,10 @@ class ReferenceGraph:
     missing_root_bytes: int
     missing_shared_bytes: int
     gaps: tuple[Gap, ...]
+    heuristic: UInt8s | None = None
+    """uint8[chunks], a ``Heuristic`` each; None where none applied."""
+    inside: UInt32s | None = None
+    """Chunks that are pointed into with nothing better leading to them; None where it was not looked for."""
     _referrers: Edges | None = None
     retained: RetainedSizes | None = None
     """Filled in by ``references.retained`` when it is first asked for."""
@@ -146,9 +153,11 @@ def build_graph(
     progress: Progress = lambda phase, done, total: None,
     *,
     low_memory: bool = False,
+    heuristics: Collection[Heuristic] = OPTIONAL_HEURISTICS,
 ) -> ReferenceGraph:
     """All references of a heap, and the verdicts. Raises OverflowError for more than 2**31 - 1 chunks.
 
+    ``heuristics`` are those that may soften a verdict, of those that can be switched off.
     With ``low_memory`` references are followed in the core itself and not collected: the same verdicts with about two
     thirds less memory, in two to four times the time.
     """
@@ -173,12 +182,36 @@ def build_graph(
     missing = roots.missing_bytes + missing_bytes_within(core, *_blocks_of(index))
     missing += missing_bytes_within(core, mapped.mapping_start, mapped.mapping_start + mapped.mapping_bytes)
     no_registers = not len(core.thread_table)
-    verdict, lost = _verdicts(
-        _Follower(index, memory, mask, edges),
+    follower = _Follower(index, memory, mask, edges)
+    reached = _reach(
+        follower,
         np.concatenate([strong.target, thread_words.target]),
         np.concatenate([weak.target, registers.target]),
-        roots_are_missing=bool(missing) or no_registers,
     )
+    missing_shared = _missing_shared_bytes(core)
+    heuristic = np.zeros(index.chunk_count, np.uint8)
+    by_pattern: HeldByPatterns | None = None
+    if heuristics:
+        progress("looking for known patterns", 0, None)
+        ranges = roots.ranges.without_weak()
+        by_pattern = held_by_patterns(
+            Reached(core, index, memory, mask, edges, ranges.start, ranges.end, reached.strong, reached.any_strong),
+            heuristics,
+        )
+        heuristic[by_pattern.chunks] = by_pattern.heuristic
+    lost = follower.leaders(reached.lost)
+    progress("looking for other holders", 0, None)
+    unseen = Unseen(
+        core, index, memory, roots.ranges.start, roots.ranges.end, reached.lost,
+        partial(follower.edges_of, reached.lost), missing_shared,
+    )  # fmt: skip
+    perhaps = may_be_held(unseen, lost, heuristics)
+    heuristic[perhaps.chunks] = perhaps.heuristic
+    lost = perhaps.lost
+    verdict = _verdicts(index.state, reached, lost, roots_are_missing=bool(missing) or no_registers)
+    verdict[perhaps.chunks] = Verdict.POSSIBLY_LOST
+    if by_pattern is not None:
+        verdict[by_pattern.chunks] = Verdict.STILL_REACHABLE
     gaps = []
     if missing or no_registers:
         gaps.append(
@@ -191,7 +224,8 @@ def build_graph(
         )
     return ReferenceGraph(
         core, heap, index, memory, edges, roots, strong, weak, registers, thread_words, verdict, lost, summaries,
-        missing, _missing_shared_bytes(core), tuple(gaps),
+        missing, missing_shared, tuple(gaps), heuristic if heuristic.any() else None,
+        by_pattern.inside if by_pattern is not None else None,
     )  # fmt: skip
 
 
@@ -302,19 +336,30 @@ class _Follower:
         else:
             mark_reachable_directly(self.index, self.memory, self.mask, seeds, marked, interior, any_pointer)
 
-    def leaders(self, lost: UInt64s) -> LostChunks:
-        """Who leads the lost; only their own references are collected for it."""
+    def edges_of(self, lost: UInt64s) -> Edges:
+        """References in which at least those of the lost are."""
         if self.edges is not None:
-            return find_leaders(self.edges, lost)
-        of_lost = copy(self.index)
-        is_lost = _unpacked(lost, 0, self.index.chunk_count)
-        of_lost.state = np.where(is_lost, np.uint8(ChunkState.IN_USE), np.uint8(ChunkState.FREE_UNLISTED))
-        return find_leaders(collect_edges(of_lost, self.memory, self.mask), lost)
+            return self.edges
+        return collect_edges(with_only(self.index, lost), self.memory, self.mask)
+
+    def leaders(self, lost: UInt64s) -> LostChunks:
+        """Who leads the lost."""
+        return find_leaders(self.edges_of(lost), lost)
 
 
-def _verdicts(
-    follower: _Follower, strong: UInt32s, weak: UInt32s, *, roots_are_missing: bool
-) -> tuple[UInt8s, LostChunks]:
+@dataclass(frozen=True, slots=True)
+class _Reach:
+    """What the four searches met, one bit a chunk: each has what the ones before met that it goes on from."""
+
+    strong: UInt64s
+    held: UInt64s
+    any_strong: UInt64s
+    any_weak: UInt64s
+    lost: UInt64s
+    """Chunks in use that none met."""
+
+
+def _reach(follower: _Follower, strong: UInt32s, weak: UInt32s) -> _Reach:
     state = follower.index.state
     words = (len(state) + 63) // 64
     reachable = np.zeros(words, np.uint64)
@@ -329,26 +374,28 @@ def _verdicts(
     any_weak = held | any_strong
     seeds = np.concatenate([_interior(weak), positions_of(inside_of_held & ~any_weak)])
     follower.mark(seeds, any_weak, inside_of_held, any_pointer=True)
-    lost_bits = bits_of(state == ChunkState.IN_USE) & ~any_weak
-    lost = follower.leaders(lost_bits)
+    return _Reach(reachable, held, any_strong, any_weak, bits_of(state == ChunkState.IN_USE) & ~any_weak)
+
+
+def _verdicts(state: UInt8s, reach: _Reach, lost: LostChunks, *, roots_are_missing: bool) -> UInt8s:
     verdict = np.empty(len(state), np.uint8)
     # In use and met by no search, a chunk is lost; what a later one of these says outweighs the earlier.
     lost_as = Verdict.POSSIBLY_LOST if roots_are_missing else Verdict.INDIRECTLY_LOST
     met_as = (
-        (any_weak, Verdict.WEAKLY_HELD),
-        (any_strong, Verdict.POSSIBLY_LOST),
-        (held, Verdict.WEAKLY_HELD),
-        (reachable, Verdict.STILL_REACHABLE),
+        (reach.any_weak, Verdict.WEAKLY_HELD),
+        (reach.any_strong, Verdict.POSSIBLY_LOST),
+        (reach.held, Verdict.WEAKLY_HELD),
+        (reach.strong, Verdict.STILL_REACHABLE),
     )
     for first in range(0, len(state), BATCH_CHUNKS):
         part = verdict[first : first + BATCH_CHUNKS]
         part.fill(lost_as)
         for bits, meaning in met_as:
-            np.copyto(part, np.uint8(meaning), where=_unpacked(bits, first, len(part)))
+            np.copyto(part, np.uint8(meaning), where=unpacked(bits, first, len(part)))
         part *= state[first : first + BATCH_CHUNKS] == ChunkState.IN_USE
     if not roots_are_missing:
         verdict[lost.leader] = Verdict.DEFINITELY_LOST
-    return verdict, lost
+    return verdict
 
 
 def _exact(targets: UInt32s) -> UInt32s:
@@ -357,40 +404,3 @@ def _exact(targets: UInt32s) -> UInt32s:
 
 def _interior(targets: UInt32s) -> UInt32s:
     return targets[targets >= np.uint32(INTERIOR)] & np.uint32(CHUNK_MASK)
-
-
-def bits_of(column: npt.NDArray[np.bool_]) -> UInt64s:
-    """One bit a row, uint64[rows / 64, rounded up]."""
-    packed = np.packbits(column, bitorder="little")
-    padded = np.zeros((len(column) + 63) // 64 * 8, np.uint8)
-    padded[: len(packed)] = packed
-    return padded.view(np.uint64)
-
-
-def bits_of_positions(positions: UInt32s, rows: int) -> UInt64s:
-    """One bit a row, set at the positions."""
-    bits = np.zeros((rows + 63) // 64, np.uint64)
-    np.bitwise_or.at(bits, positions >> np.uint32(6), np.uint64(1) << (positions & np.uint32(63)).astype(np.uint64))
-    return bits
-
-
-def _unpacked(bits: UInt64s, first: int, count: int) -> npt.NDArray[np.bool_]:
-    """The bits of rows [first, first + count) as bools; ``first`` is a multiple of 64."""
-    part = bits[first // 64 : (first + count + 63) // 64]
-    return np.unpackbits(part.view(np.uint8), count=count, bitorder="little").view(np.bool_)
-
-
-def positions_of(bits: UInt64s) -> UInt32s:
-    """The rows whose bit is set, ascending."""
-    words = np.flatnonzero(bits)
-    parts = [np.empty(0, np.uint32)]
-    for batch in _batches(words):
-        set_bits = np.unpackbits(bits[batch].view(np.uint8), bitorder="little").reshape(-1, 64)
-        row, bit = np.nonzero(set_bits)
-        parts.append((batch[row] * 64 + bit).astype(np.uint32))
-    return np.concatenate(parts)
-
-
-def _batches(rows: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
-    for first in range(0, len(rows), BATCH_CHUNKS // 64):
-        yield rows[first : first + BATCH_CHUNKS // 64]

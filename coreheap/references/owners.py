@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from coreheap.kernels import CHUNK_MASK, INTERIOR, find_chunks, shortest_path
 from coreheap.leaks import ChunkTypes, ChunkView, Explanation, OwnerNode, Place, Reference, Verdict
-from coreheap.references.graph import ReferenceGraph, bits_of_positions
+from coreheap.references.bits import bits_of_positions
+from coreheap.references.graph import ReferenceGraph
 from coreheap.references.naming import Namer
 from coreheap.references.retained import retained_sizes
 
@@ -269,7 +270,8 @@ class _Reader:
             leader = int(graph.lost.leader[int(graph.lost.leader_of[chunk]) - 1])
             return self._steps(self._search(chunk, np.array([leader], np.uint32), True))
         attempts = {
-            Verdict.STILL_REACHABLE: [(strong[strong < exact], False)],
+            # By a known pattern a pointer to the inside is enough.
+            Verdict.STILL_REACHABLE: [(strong[strong < exact], False), (strong, True)],
             Verdict.WEAKLY_HELD: [(weak[weak < exact], False), (weak, True)],
             Verdict.POSSIBLY_LOST: [(strong, True)],
         }.get(verdict, [(strong, True), (weak, True)])

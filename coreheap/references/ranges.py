@@ -51,6 +51,11 @@ class RootRanges:
         low, high, row = left_of(self.start, self.end, start, end)
         return _joined(low, high, self.kind[row], self.thread[row])
 
+    def without_weak(self) -> RootRanges:
+        """Those of strong kinds."""
+        rows = ~np.isin(self.kind, [_CODE[kind] for kind in KINDS if kind.is_weak])
+        return RootRanges(self.start[rows], self.end[rows], self.kind[rows], self.thread[rows])
+
     def painted_over(self, above: RootRanges) -> RootRanges:
         """These, and in their place others where there are such."""
         left = self.without(above.start, above.end)

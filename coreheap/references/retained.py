@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from coreheap.kernels import CHUNK_MASK, add_up_retained, chunk_sizes, find_dominators, mark_reachable
 from coreheap.leaks import Accumulation, RetainedChunk, RetainedReport
+from coreheap.references.followed import size_classes
 from coreheap.references.graph import ReferenceGraph, RetainedSizes
 from coreheap.references.naming import Namer
-from coreheap.references.suspects import SAMPLES, size_classes, usable_bytes
+from coreheap.references.suspects import SAMPLES, usable_bytes
 
 UInt64s = npt.NDArray[np.uint64]
 UInt32s = npt.NDArray[np.uint32]

@@ -7,8 +7,8 @@ Everything is arithmetic on columns; Python sees groups, never chunks.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +16,10 @@ import numpy.typing as npt
 
 from coreheap.heap import NO_INDEX, ChunkTable
 from coreheap.kernels import chunk_extents, chunk_sizes, count_by_verdict
-from coreheap.leaks import VERDICTS, ChunkTypes, LeakGroup, LeakReport, Verdict, VerdictTotal
-from coreheap.references.graph import BATCH_CHUNKS, ReferenceGraph
+from coreheap.leaks import VERDICTS, ChunkTypes, Heuristic, LeakGroup, LeakReport, Verdict, VerdictTotal
+from coreheap.references.bits import BATCH_CHUNKS
+from coreheap.references.followed import size_classes
+from coreheap.references.graph import ReferenceGraph
 from coreheap.references.naming import Namer
 
 Int64s = npt.NDArray[np.int64]
@@ -27,14 +29,17 @@ UInt32s = npt.NDArray[np.uint32]
 GROUPS_REPORTED = 100
 SAMPLES = 5
 ARENAS_PER_GROUP = 4
-EXACT_SIZE_CLASSES = 1024
 
 
 def summarise_leaks(graph: ReferenceGraph, types: ChunkTypes | None = None) -> LeakReport:
     """Totals by verdict, and the suspects, the largest first."""
     granules = chunk_sizes(graph.index)
     found = sorted(_Suspects(graph, granules, types).groups, key=_rank)
-    leaders = [group for group in found if group.key[1]]
+    leaders = [group for group in found if group.is_of_leaders]
+    by_heuristic: dict[Heuristic, list[_Group]] = defaultdict(list)
+    for group in found:
+        by_heuristic[group.heuristic].append(group)
+    inside = graph.inside
     return LeakReport(
         totals=_totals(graph, granules),
         groups=_groups(graph, found[:GROUPS_REPORTED], types),
@@ -43,11 +48,26 @@ def summarise_leaks(graph: ReferenceGraph, types: ChunkTypes | None = None) -> L
         edge_count=graph.edge_count,
         missing_root_bytes=graph.missing_root_bytes,
         missing_shared_bytes=graph.missing_shared_bytes,
-        unreachable=VerdictTotal(
-            sum(group.count + group.indirect_count for group in leaders),
-            sum(group.bytes + group.indirect_bytes for group in leaders),
+        unreachable=_sum_of(leaders),
+        unreachable_possible=_sum_of(
+            group for group in leaders if group.verdict is Verdict.POSSIBLY_LOST and not group.heuristic.is_encoding
+        ),
+        held_inside=None
+        if inside is None
+        else VerdictTotal(len(inside), int(usable_bytes(graph.heap.chunks, inside.astype(np.int64), granules).sum())),
+        heuristics=tuple(
+            sorted(
+                ((name, _sum_of(groups)) for name, groups in by_heuristic.items() if name is not Heuristic.NONE),
+                key=lambda row: (-row[1].usable_bytes, row[0]),
+            )
         ),
     )
+
+
+def _sum_of(groups: Iterable[_Group]) -> VerdictTotal:
+    """All chunks of some groups, with what leaders lead to."""
+    parts = [(group.count + group.indirect_count, group.bytes + group.indirect_bytes) for group in groups]
+    return VerdictTotal(sum(count for count, _ in parts), sum(byte_count for _, byte_count in parts))
 
 
 def _totals(graph: ReferenceGraph, granules: UInt32s) -> dict[Verdict, VerdictTotal]:
@@ -66,9 +86,9 @@ def _totals(graph: ReferenceGraph, granules: UInt32s) -> dict[Verdict, VerdictTo
 
 @dataclass(slots=True)
 class _Group:
-    """A group while it is counted. ``key``: verdict, whether it is of leaders, size class, type code."""
+    """A group while it is counted. ``key``: verdict, whether it is of leaders, size class, heuristic, type code."""
 
-    key: tuple[int, int, int, int]
+    key: tuple[int, int, int, int, int]
     count: int = 0
     bytes: int = 0
     smallest: int = 1 << 62
@@ -78,11 +98,24 @@ class _Group:
     samples: list[int] = field(default_factory=list)
     arenas: Counter[int] = field(default_factory=Counter)
 
+    @property
+    def verdict(self) -> Verdict:
+        return Verdict(self.key[0])
+
+    @property
+    def is_of_leaders(self) -> bool:
+        return bool(self.key[1])
+
+    @property
+    def heuristic(self) -> Heuristic:
+        return Heuristic(self.key[3])
+
 
 class _Suspects:
-    """Groups of the chunks of interest: leaders of the lost, and what is possibly lost or weakly held.
+    """Groups of the chunks of interest: leaders of the lost, what is possibly lost or weakly held, and what is reachable by a
+    heuristic.
 
-    Indirectly lost chunks count with their leaders; what is reachable is no suspect. Chunks are looked at a batch at a time.
+    Indirectly lost chunks count with their leaders; what is reachable otherwise is no suspect. Chunks are looked at a batch at a time.
     """
 
     def __init__(self, graph: ReferenceGraph, granules: UInt32s, types: ChunkTypes | None) -> None:
@@ -102,15 +135,22 @@ class _Suspects:
 
     def _add_batch(self, first: int, end: int) -> None:
         lost = self._graph.lost
-        verdict = self._graph.verdict[first:end]
         low, high = np.searchsorted(lost.leader, np.array([first, end], np.uint32)).tolist()
         leaders = lost.leader[low:high].astype(np.int64)
-        held = np.flatnonzero((verdict == Verdict.POSSIBLY_LOST) | (verdict == Verdict.WEAKLY_HELD)) + first
+        held = self._held(first, end)
         # What nothing leads to because roots are missing is possibly lost too, but it counts with its leader.
         held = held[lost.leader_of[held] == 0]
         group = self._add(leaders, is_leader=1)
         self._group_of_leader[low:high] = group
         self._add(held, is_leader=0)
+
+    def _held(self, first: int, end: int) -> Int64s:
+        """Chunks of [first, end) that something leads to and that are of interest all the same."""
+        verdict = self._graph.verdict[first:end]
+        wanted = (verdict == Verdict.POSSIBLY_LOST) | (verdict == Verdict.WEAKLY_HELD)
+        if self._graph.heuristic is not None:
+            wanted |= (verdict == Verdict.STILL_REACHABLE) & (self._graph.heuristic[first:end] != Heuristic.NONE)
+        return np.flatnonzero(wanted) + first
 
     def _add(self, chunks: Int64s, is_leader: int) -> Int64s:
         """Counts chunks of one batch; the group of each."""
@@ -145,31 +185,34 @@ class _Suspects:
         return numbers[group]
 
     def _keys(self, chunks: Int64s) -> npt.NDArray[np.unsignedinteger]:
-        """What chunks of one group have in common: verdict, size class, type code."""
-        local = (self._graph.verdict[chunks].astype(np.uint16) << np.uint16(12)) | size_classes(
-            self._granules[chunks]
-        ).astype(np.uint16)
-        if self._types is None:
-            return local
-        return local | (self._types.code[chunks].astype(np.uint64) << np.uint64(16))
+        """What chunks of one group have in common: verdict, size class, heuristic, type code."""
+        keys: npt.NDArray[np.unsignedinteger] = (
+            self._graph.verdict[chunks].astype(np.uint16) << np.uint16(12)
+        ) | size_classes(self._granules[chunks]).astype(np.uint16)
+        if self._graph.heuristic is not None:
+            keys = keys | (self._graph.heuristic[chunks].astype(np.uint32) << np.uint32(16))
+        if self._types is not None:
+            keys = keys | (self._types.code[chunks].astype(np.uint64) << np.uint64(20))
+        return keys
 
     def positions(self, first: int, end: int) -> Int32s:
         """The place in ``groups`` of each chunk of [first, end), lost chunks with their leader; -1 for none."""
-        lost, verdict = self._graph.lost, self._graph.verdict[first:end]
+        lost = self._graph.lost
         leader = lost.leader_of[first:end].astype(np.int64) - 1
         found = np.full(end - first, -1, np.int32)
         led = np.flatnonzero(leader >= 0)
         found[led] = self._group_of_leader[leader[led]]
-        held = np.flatnonzero((leader < 0) & ((verdict == Verdict.POSSIBLY_LOST) | (verdict == Verdict.WEAKLY_HELD)))
-        keys, group = np.unique(self._keys(held + first), return_inverse=True)
-        found[held] = np.array([self._number(int(key), 0) for key in keys.tolist()], np.int32)[group]
+        held = self._held(first, end)
+        held = held[lost.leader_of[held] == 0]
+        keys, group = np.unique(self._keys(held), return_inverse=True)
+        found[held - first] = np.array([self._number(int(key), 0) for key in keys.tolist()], np.int32)[group]
         return found
 
     def _number(self, key: int, is_leader: int) -> int:
         whole = key * 2 + is_leader
         if whole not in self._numbers:
             self._numbers[whole] = len(self.groups)
-            self.groups.append(_Group((key >> 12 & 0xF, is_leader, key & 0xFFF, key >> 16)))
+            self.groups.append(_Group((key >> 12 & 0xF, is_leader, key & 0xFFF, key >> 16 & 0xF, key >> 20)))
         return self._numbers[whole]
 
     def _arenas(self, chunks: Int64s) -> Int64s:
@@ -199,17 +242,17 @@ def _groups(graph: ReferenceGraph, found: list[_Group], types: ChunkTypes | None
     """Groups as they are told, numbered in their order."""
     header_bytes = np.uint64(graph.index.geometry.header_bytes)
     # Nothing holds leaders.
-    held = [np.array([] if group.key[1] else group.samples, np.int64) for group in found]
+    held = [np.array([] if group.is_of_leaders else group.samples, np.int64) for group in found]
     holders = Namer(graph).typical_holders(held)
     groups = []
     for number, group in enumerate(found):
         samples = np.array(group.samples, np.int64)
         header, _ = chunk_extents(graph.index, samples)
-        verdict, _, _, code = group.key
+        code = group.key[4]
         groups.append(
             LeakGroup(
                 number=number,
-                verdict=Verdict(verdict),
+                verdict=group.verdict,
                 type=(types.names[code] or None) if types is not None else None,
                 smallest_bytes=group.smallest,
                 largest_bytes=group.largest,
@@ -223,12 +266,13 @@ def _groups(graph: ReferenceGraph, found: list[_Group], types: ChunkTypes | None
                 ),
                 samples=tuple((header + header_bytes).tolist()),
                 holder=holders[number],
+                heuristic=group.heuristic,
             )
         )
     return tuple(groups)
 
 
-def _rank(group: _Group) -> tuple[int, int, tuple[int, int, int, int]]:
+def _rank(group: _Group) -> tuple[int, int, tuple[int, int, int, int, int]]:
     """Sorts groups: the surest verdict first, its largest group first."""
     return (-group.key[0], -(group.bytes + group.indirect_bytes), group.key)
 
@@ -256,14 +300,6 @@ def usable_bytes(table: ChunkTable, chunks: Int64s, granules: UInt32s) -> Int64s
     overhead = np.where(chunks < table.index.region_chunks, table.word_bytes, table.mmapped_overhead_bytes)
     sizes: Int64s = granules[chunks].astype(np.int64) * table.index.geometry.alignment - overhead
     return sizes
-
-
-def size_classes(granules: UInt32s) -> Int64s:
-    """As in ``size_histogram``."""
-    classes = granules.astype(np.int64)
-    large = classes >= EXACT_SIZE_CLASSES
-    classes[large] = EXACT_SIZE_CLASSES + np.log2(classes[large].astype(np.float64)).astype(np.int64) - 10
-    return classes
 
 
 def _sums(group: Int64s, amount: Int64s, groups: int) -> Int64s:

@@ -29,6 +29,12 @@ def leaks_value(leaks: LeakReport) -> Json:
     return {
         **{verdict.name.lower(): _total(leaks.totals[verdict]) for verdict in reversed(VERDICTS)},
         "unreachable": _total(leaks.unreachable),
+        "unreachable_possible": _total(leaks.unreachable_possible),
+        "held_inside": None if leaks.held_inside is None else _total(leaks.held_inside),
+        "heuristics": [
+            {"heuristic": heuristic.label, "count": total.count, "usable_bytes": total.usable_bytes}
+            for heuristic, total in leaks.heuristics
+        ],
         "groups": [group_value(group) for group in leaks.groups],
         "group_count": leaks.group_count,
         "roots": [
@@ -55,6 +61,7 @@ def group_value(group: LeakGroup) -> dict[str, Json]:
         "arenas": [{"arena": arena, "count": count} for arena, count in group.arenas],
         "samples": [address_value(address) for address in group.samples],
         "holder": text_or_null(group.holder),
+        "heuristic": group.heuristic.label,
     }
 
 

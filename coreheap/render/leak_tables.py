@@ -30,6 +30,7 @@ def leak_groups_table(leaks: LeakReport | None, verdicts: Collection[Verdict] | 
         Column("arenas", CellKind.WORD),
         Column("samples", CellKind.WORD),
         Column("holder", CellKind.WORD),
+        Column("heuristic", CellKind.WORD),
     )
     rows = tuple(
         (
@@ -45,6 +46,7 @@ def leak_groups_table(leaks: LeakReport | None, verdicts: Collection[Verdict] | 
             arenas_text(group.arenas),
             " ".join(format_address(address) for address in group.samples),
             group.holder,
+            group.heuristic.label,
         )
         for group in (leaks.groups if leaks else ())
         if not verdicts or group.verdict in verdicts

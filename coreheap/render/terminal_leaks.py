@@ -16,6 +16,7 @@ from coreheap.leaks import (
     Accumulation,
     ChunkView,
     Explanation,
+    Heuristic,
     LeakGroup,
     LeakReport,
     OwnerNode,
@@ -36,6 +37,23 @@ VERDICT_STYLES = {
     Verdict.WEAKLY_HELD: "",
     Verdict.STILL_REACHABLE: "green",
 }
+HEURISTIC_WORDS = {
+    Heuristic.NEW_ARRAY: "reachable: pointed to behind the count of new[]",
+    Heuristic.SECOND_BASE: "reachable: pointed to at the virtual table of a second base, or at constants",
+    Heuristic.CONSTANT_OFFSET: "reachable: all pointed to at one distance (a header before them, a list linked by a member)",
+    Heuristic.LENGTH_PREFIX: "reachable: pointed to behind a length that fits (strings)",
+    Heuristic.EXCEPTION_POINTER: "reachable: thrown C++ objects, pointed to behind their header",
+    Heuristic.HIGH_TAG: "possibly lost: held by addresses with a tag in the upper 16 bits",
+    Heuristic.LOW_TAG: "possibly lost: held by addresses in the upper 48 bits of words",
+    Heuristic.SHIFTED: "possibly lost: held by addresses that are shifted by some bits",
+    Heuristic.BYTE_SWAPPED: "possibly lost: held by addresses in the other byte order",
+    Heuristic.UNALIGNED: "possibly lost: held by addresses at unaligned places",
+    Heuristic.COMPRESSED: "possibly lost: held by addresses in 32 bits",
+    Heuristic.HALVES: "possibly lost: held by addresses in two halves",
+    Heuristic.SIGNAL_STACK: "possibly lost: of the size of a signal stack, whose address only the kernel has",
+    Heuristic.MISSING_SHARED_MEMORY: "possibly lost: shared memory that is not in the core could hold them",
+}
+"""What is said of the chunks that a heuristic concerns, behind their number."""
 SUSPECTS_IN_REPORT = 5
 STEPS_AT_AN_END = 6
 """Of a long way to a chunk so many steps are shown from each end."""
@@ -149,6 +167,13 @@ def _totals(page: Page, leaks: LeakReport) -> None:
             format_share(total.usable_bytes, whole),
         )
     page.add(table, indent=2)
+    for heuristic, total in leaks.heuristics:
+        words = HEURISTIC_WORDS[heuristic]
+        page.bullet(
+            f"{counted(total.count, 'chunk', 'chunks')}, {format_bytes(total.usable_bytes)}, {words} ({heuristic.label})",
+            sign="-",
+            indent=2,
+        )
     if leaks.missing_root_bytes:
         page.add(
             f"{format_bytes(leaks.missing_root_bytes)} of writable memory are not in the core: nothing is definitely "
@@ -177,7 +202,7 @@ def _groups(page: Page, groups: Sequence[LeakGroup], count: int, total: int, res
             format_address(group.samples[0]) if group.samples else "-",
         ]
         if wide:
-            names = [name for name in (group.type, group.holder) if name]
+            names = [name for name in (group.type, group.holder, group.heuristic.label) if name]
             cells += [arenas_text(group.arenas[:2]), ", ".join(shortened(name, NAME_CELLS) for name in names) or "-"]
         table.add_row(*cells)
     page.add(table, indent=2)

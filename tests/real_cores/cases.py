@@ -291,6 +291,25 @@ def _verdict_cases() -> Iterator[Case]:
     yield Case("long_lists@slow", "long_lists", many, log_bytes=0, slow=True)
     yield Case("containers", "containers", ("seed=189",), linking=CPLUSPLUS)
     yield Case("like_nodes", "like_nodes", ("levels=14", "seed=190"), log_bytes=0)
+    yield from _hidden_cases()
+
+
+def _hidden_cases() -> Iterator[Case]:
+    """Holders that pointers to starts do not show, with leaks beside them."""
+    hidden = Case("hidden_pointers", "hidden_pointers", ("how=tag", "seed=221"))
+    yield hidden
+    for how in ("nan", "low", "shift", "swap", "packed", "halves"):
+        yield hidden.variant(how, arguments=(f"how={how}", "seed=222"))
+    # Only low addresses fit.
+    yield hidden.variant("short", arguments=("how=short", "seed=223"), linking=NO_PIE)
+    yield hidden.variant("lost", arguments=("how=tag", "lost=1", "seed=224"))
+    yield hidden.variant("static_pie", arguments=("how=tag", "seed=225"), linking=STATIC_PIE)
+    yield Case("held_inside", "held_inside", ("seed=226",), linking=CPLUSPLUS)
+    yield Case("held_inside@gcore", "held_inside", ("seed=227", "end=pause"), linking=CPLUSPLUS, made_by="gcore")
+    sight = Case("out_of_sight", "out_of_sight", ("how=stacks", "threads=12", "seed=228"))
+    yield sight
+    yield sight.variant("file", arguments=("how=file", "seed=229"))
+    yield sight.variant("memfd", arguments=("how=memfd", "seed=230"))
 
 
 SPLIT_HOWS = (
@@ -407,6 +426,17 @@ MATRIX_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "verdicts@static_pie": ("threads=1", "library=0", "seed=186"),
     "long_lists": ("nodes=20000", "seed=187"),
     "containers": ("seed=189",),
+    "held_inside": ("seed=226",),
+    "hidden_pointers": ("how=tag", "blocks=1500", "seed=221"),
+    "hidden_pointers@nan": ("how=nan", "blocks=1500", "seed=222"),
+    "hidden_pointers@low": ("how=low", "blocks=1500", "seed=222"),
+    "hidden_pointers@shift": ("how=shift", "blocks=1500", "seed=222"),
+    "hidden_pointers@swap": ("how=swap", "blocks=1500", "seed=222"),
+    "hidden_pointers@packed": ("how=packed", "blocks=1500", "seed=222"),
+    "hidden_pointers@halves": ("how=halves", "blocks=1500", "seed=222"),
+    "hidden_pointers@static_pie": ("how=tag", "blocks=1500", "seed=225"),
+    "out_of_sight": ("how=stacks", "threads=3", "seed=228"),
+    "out_of_sight@file": ("how=file", "seed=229"),
 }
 
 
@@ -442,6 +472,19 @@ EXCLUSIONS = (
     Exclusion("containers", "bullseye-*", "libstdc++ is this machine's and needs a newer libc"),
     Exclusion("containers", "*-i386", "built by this machine's own C++ compiler"),
     Exclusion("containers", "*-arm64", "built by this machine's own C++ compiler"),
+    Exclusion("held_inside", "bullseye-*", "as with containers"),
+    Exclusion("held_inside", "*-i386", "as with containers"),
+    Exclusion("held_inside", "*-arm64", "as with containers"),
+    Exclusion("held_inside@gcore", "*", "about the search alone: nothing differs by release"),
+    Exclusion("hidden_pointers", "*-i386", "no bits of a pointer are free there"),
+    Exclusion("hidden_pointers@nan", "*-i386", "no bits of a pointer are free there"),
+    Exclusion("hidden_pointers@low", "*-i386", "no bits of a pointer are free there"),
+    Exclusion("hidden_pointers@halves", "*-i386", "a pointer has no halves there"),
+    Exclusion("hidden_pointers@static_pie", "*-i386", "no bits of a pointer are free there"),
+    Exclusion("hidden_pointers@short", "*", "about low addresses: nothing differs by release"),
+    Exclusion("hidden_pointers@lost", "*", "about the search alone: nothing differs by release"),
+    Exclusion("out_of_sight*", "*-arm64", "qemu-user writes all readable memory, and stacks have another size there"),
+    Exclusion("out_of_sight@memfd", "*", "about the kernel's core: nothing differs by release"),
     Exclusion("verdicts@hidden", "*-arm64", "qemu-user writes all readable memory, whatever madvise said of it"),
     Exclusion("other_allocator_*", "*", "not glibc's malloc; the libraries are this machine's and need its libc"),
     Exclusion("side_by_side", "*", "the other allocator's library is this machine's and needs its libc"),

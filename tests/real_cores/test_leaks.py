@@ -6,6 +6,7 @@ is that a block is called lost which the program did not lose; that holds for ea
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 import coreheap
 from coreheap.evidence import Confidence
 from coreheap.heap import HeapSnapshot
-from coreheap.leaks import Verdict
+from coreheap.leaks import Heuristic, Verdict
 from coreheap.report import Report, Severity
 from tests.real_cores import cores
 from tests.real_cores.cases import CASES, MATRIX, Case
@@ -47,13 +48,17 @@ PAST_THREADS, PAST_THREADS_SHARE = "threads_gone", 16
 first ones used: to one in so many of these leaks a word may lead there, and hold with it what hangs from it (to 10 of 253,
 by which 16 were held, was the most that was seen)."""
 
-MARKED = tuple(name for name, case in {**CASES, **MATRIX}.items() if case.program in ("verdicts", "containers"))
+HIDDEN = ("hidden_pointers", "held_inside", "out_of_sight")
+"""Programs whose blocks are held by what plain pointers to starts do not show, with leaks beside them."""
+MARKED = tuple(
+    name for name, case in {**CASES, **MATRIX}.items() if case.program in ("verdicts", "containers", *HIDDEN)
+)
 LISTS = tuple(name for name, case in {**CASES, **MATRIX}.items() if case.program == "long_lists" and not case.slow)
 DAMAGED = ("crash_in_malloc", "double_free")
 LEAKING = tuple(
     name
     for name, case in {**CASES, **MATRIX}.items()
-    if case.log_bytes and case.program not in (*DAMAGED, "verdicts", "containers", "long_lists")
+    if case.log_bytes and case.program not in (*DAMAGED, *HIDDEN, "verdicts", "containers", "long_lists")
 )
 CRASHED = tuple(name for name, case in {**CASES, **MATRIX}.items() if case.program == "crash_in_malloc")
 SHARES = (0.2, 0.6, 0.95)
@@ -112,15 +117,26 @@ def _stacks_are_guarded(truth: Truth) -> bool:
     return False
 
 
+MILDER = {
+    "held by an unaligned pointer": frozenset((Verdict.POSSIBLY_LOST,)),
+    # It depends on the addresses whether a half is a whole one in short.
+    "held by half a pointer": frozenset((Verdict.DEFINITELY_LOST, Verdict.POSSIBLY_LOST)),
+    "array behind its count": frozenset((Verdict.STILL_REACHABLE,)),
+    "held by its second base": frozenset((Verdict.STILL_REACHABLE,)),
+}
+"""What heuristics say of groups that plain pointers say worse of (the programs mark what plain pointers say)."""
 IN_THREAD_STORAGE = re.compile(r"TLS|initialised TLS|dynamic TLS|(late )?pthread key|argument of a thread")
 
 
-def allowed_in(case: Case, truth: Truth) -> Allowed:
-    """What is meant, and where the core lacks something what may be said instead."""
+def allowed_in(case: Case, truth: Truth, *, strict: bool = False) -> Allowed:
+    """What is meant, and where the core lacks something what may be said instead; with ``strict`` by plain pointers alone."""
     core = circumstances_of(case, truth)
 
     def allowed(group: str, meant: str) -> frozenset[Verdict]:
         verdicts = ALLOWED[meant] | held_by_leftovers(group)
+        if group in MILDER and not strict:
+            # With words of 4 bytes numbers equal an address so often that some that are found say nothing.
+            verdicts = MILDER[group] | (verdicts if truth.machine == "i386" else frozenset())
         if "hidden=1" in case.arguments and meant in ("indirect", "definite", "ring"):
             # A pointer may be in the memory that was not dumped.
             verdicts = (verdicts - LOST) | {Verdict.POSSIBLY_LOST}
@@ -217,6 +233,96 @@ def test_every_block_has_the_verdict_that_is_meant(name: str, tmp_path: Path) ->
     assert by_accident <= INTERFERENCE
     if "hidden=1" not in case.arguments:
         assert rings_without_one_leader(report.heap, truth) == []
+
+
+@pytest.mark.parametrize("name", ["verdicts", "containers"])
+def test_plain_pointers_alone_say_what_is_meant(name: str, tmp_path: Path) -> None:
+    paths = core_or_skip(name)
+    with coreheap.open(paths.core, sysroot=tmp_path) as core:
+        report = coreheap.analyze(core, coreheap.AnalysisOptions(heuristics=frozenset()))
+    truth = load_truth(paths.truth)
+    assert report.heap is not None
+    assert report.leaks is not None
+    assert report.leaks.heuristics == ()
+    allowed = allowed_in(case_of(name), truth, strict=True)
+    wrong, by_accident = without_interference(meant_otherwise(report.heap, truth, allowed), truth)
+    assert (wrong, by_accident <= INTERFERENCE) == ([], True)
+
+
+FORMS = {
+    "hidden_pointers": Heuristic.HIGH_TAG,
+    "hidden_pointers@nan": Heuristic.HIGH_TAG,
+    "hidden_pointers@low": Heuristic.LOW_TAG,
+    "hidden_pointers@shift": Heuristic.SHIFTED,
+    "hidden_pointers@swap": Heuristic.BYTE_SWAPPED,
+    "hidden_pointers@packed": Heuristic.UNALIGNED,
+    "hidden_pointers@halves": Heuristic.HALVES,
+    "hidden_pointers@short": Heuristic.COMPRESSED,
+}
+
+
+def heuristics_of(report: Report) -> dict[Heuristic, int]:
+    assert report.leaks is not None
+    return {heuristic: total.count for heuristic, total in report.leaks.heuristics}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_blocks_that_are_kept_in_another_form_are_no_leak_and_those_beside_them_are(name: str, tmp_path: Path) -> None:
+    report = analyse(core_or_skip(name).core, tmp_path)
+    findings = {finding.code: finding for finding in report.findings}
+    assert findings["LEAK"].confidence is Confidence.STRONG
+    assert 400 - INTERFERENCE <= int(str(findings["LEAK"].quantity("definite_count"))) <= 400
+    assert 4000 - INTERFERENCE <= heuristics_of(report)[FORMS[name]] <= 4000
+    possible = findings.get("POSSIBLE-LEAK")
+    assert possible is None or possible.confidence is Confidence.WEAK
+    assert "possibly_lost" not in {item.topic for item in report.verdict}
+
+
+def test_a_list_whose_head_is_lost_is_a_leak_in_any_form(tmp_path: Path) -> None:
+    report = analyse(core_or_skip("hidden_pointers@lost").core, tmp_path)
+    (leak,) = [finding for finding in report.findings if finding.code == "LEAK"]
+    assert int(str(leak.quantity("definite_count"))) >= 4400 - INTERFERENCE
+    assert heuristics_of(report).get(Heuristic.HIGH_TAG, 0) <= INTERFERENCE
+
+
+@pytest.mark.parametrize("name", ["held_inside", "held_inside@gcore"])
+def test_known_patterns_hold_blocks_and_hide_no_leak(name: str, tmp_path: Path) -> None:
+    report = analyse(core_or_skip(name).core, tmp_path)
+    found = heuristics_of(report)
+    # Of the strings and arrays some have a size at which another pattern speaks for them as well.
+    assert found[Heuristic.SECOND_BASE] == found[Heuristic.EXCEPTION_POINTER] == 300
+    assert found[Heuristic.CONSTANT_OFFSET] == 1200
+    assert found[Heuristic.NEW_ARRAY] + found[Heuristic.LENGTH_PREFIX] == 1200
+    assert "possibly_lost" not in {item.topic for item in report.verdict}
+    (leak,) = [finding for finding in report.findings if finding.code == "LEAK"]
+    assert 600 - INTERFERENCE <= int(str(leak.quantity("definite_count"))) <= 600
+
+
+def test_holders_that_no_core_shows(tmp_path: Path) -> None:
+    of_stacks = analyse(core_or_skip("out_of_sight").core, tmp_path)
+    assert heuristics_of(of_stacks) == {Heuristic.SIGNAL_STACK: 13}
+    of_file = analyse(core_or_skip("out_of_sight@file").core, tmp_path)
+    assert heuristics_of(of_file) == {Heuristic.MISSING_SHARED_MEMORY: 5000}
+    findings = {finding.code: finding for finding in of_file.findings}
+    assert (findings["POSSIBLE-LEAK"].severity, findings["POSSIBLE-LEAK"].confidence) == (
+        Severity.INFO,
+        Confidence.WEAK,
+    )
+    assert findings["LEAK"].quantity("definite_count") == (1 << 20) // 8 + 1
+    assert findings["LEAK"].confidence is Confidence.PLAUSIBLE
+
+
+@pytest.mark.parametrize("name", ["verdicts", "containers", "hidden_pointers", "held_inside", "out_of_sight@file"])
+def test_with_little_memory_every_verdict_is_the_same(name: str, tmp_path: Path) -> None:
+    core = core_or_skip(name).core
+    reports = []
+    for low_memory in (False, True):
+        with coreheap.open(core, sysroot=tmp_path) as opened:
+            reports.append(coreheap.analyze(opened, coreheap.AnalysisOptions(low_memory=low_memory)))
+    one, other = (report.leaks for report in reports)
+    assert one is not None
+    assert other is not None
+    assert dataclasses.replace(one, edge_count=None) == other
 
 
 @pytest.mark.parametrize("name", LISTS)

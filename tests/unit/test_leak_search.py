@@ -123,7 +123,7 @@ def main_stack(process: BuiltProcess) -> tuple[int, int]:
 
 @pytest.mark.parametrize("error", [MemoryError(), OverflowError("more than 2**31 - 1 chunks")])
 def test_a_graph_that_does_not_fit_is_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(*_: object, low_memory: bool) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(leak_search, "build_graph", fail)
@@ -150,10 +150,10 @@ def test_without_memory_for_references_the_verdicts_are_the_same(
     if not asked_for:
         build = leak_search.build_graph
 
-        def fail_once(*arguments: Any, low_memory: bool) -> Any:
+        def fail_once(*arguments: Any, low_memory: bool, **named: Any) -> Any:
             if not low_memory:
                 raise MemoryError
-            return build(*arguments, low_memory=True)
+            return build(*arguments, low_memory=True, **named)
 
         monkeypatch.setattr(leak_search, "build_graph", fail_once)
     with coreheap.open(path) as core:
@@ -186,7 +186,7 @@ def test_retained_sizes_that_do_not_fit_cost_nothing_else(tmp_path: Path, monkey
 def test_a_mistake_in_the_search_is_a_defect_and_costs_only_the_leaks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object, low_memory: bool) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise IndexError("surprise")
 
     monkeypatch.setattr(leak_search, "build_graph", fail)

@@ -23,6 +23,7 @@ from coreheap.kernels.reference.dominators import (
 )
 from coreheap.kernels.reference.free_runs import find_free_runs
 from coreheap.kernels.reference.lists import overlay_free_lists
+from coreheap.kernels.reference.lookups import find_encoded, find_pointers_to
 from coreheap.kernels.reference.pointers import collect_edges, find_root_references, mark_reachable_directly
 from coreheap.kernels.reference.references import find_leaders, mark_reachable, reverse_edges, shortest_path
 from coreheap.kernels.reference.searching import find_arena_candidates, find_chunk_runs, find_mmapped_chunks
@@ -40,9 +41,11 @@ __all__ = [
     "find_chunk_runs",
     "find_chunks",
     "find_dominators",
+    "find_encoded",
     "find_free_runs",
     "find_leaders",
     "find_mmapped_chunks",
+    "find_pointers_to",
     "find_root_references",
     "mark_reachable",
     "mark_reachable_directly",

@@ -11,9 +11,10 @@ from coreheap.checks import Case
 from coreheap.checks.leaks import findings
 from coreheap.evidence import Confidence, Gap
 from coreheap.heap import UnattributedRange
-from coreheap.leaks import LeakGroup, LeakReport, Verdict, VerdictTotal
+from coreheap.leaks import Heuristic, LeakGroup, LeakReport, Verdict, VerdictTotal
 from coreheap.quantities import AddressRange
 from coreheap.report import Finding, Severity
+from coreheap.verdict import leak_verdict
 from tests.unit.allocators.built_process import build_process, release
 from tests.unit.checks.cases import arena_of, with_arenas, without_heap
 from tests.unit.checks.conftest import CaseOf
@@ -200,6 +201,50 @@ def test_interior_pointers_alone_are_a_weak_possible_leak(
         assert finding.confidence is Confidence.WEAK
         assert finding.quantity("unreachable_bytes") == 0
         assert any("several bases" in reason for reason in finding.weakened_by)
+        # What is held so stays out of the answer.
+        assert list(leak_verdict(report, (finding,))) == []
+
+
+def test_what_hangs_from_a_block_that_is_pointed_into_does_not_count(case_of: CaseOf) -> None:
+    """nginx: one pointer into a pool holds all that hangs from it."""
+    report = with_live(leaks(lost(60 * MIB, count=900, verdict=Verdict.POSSIBLY_LOST)), MIB)
+    case = sound(case_of(PROCESS))
+    assert set(found(case, dataclasses.replace(report, held_inside=VerdictTotal(1, 16 * KIB)))) == set()
+    many = found(case, dataclasses.replace(report, held_inside=VerdictTotal(800, 50 * MIB)))["POSSIBLE-LEAK"]
+    assert (many.severity, many.confidence) == (Severity.INFO, Confidence.WEAK)
+    assert many.quantity("inside_bytes") == 50 * MIB
+
+
+def test_addresses_in_another_form_are_no_sign_of_a_leak(case_of: CaseOf) -> None:
+    report = dataclasses.replace(
+        with_live(leaks(lost(80 * MIB, verdict=Verdict.POSSIBLY_LOST)), MIB),
+        unreachable=VerdictTotal(1, 80 * MIB),
+        heuristics=((Heuristic.HIGH_TAG, VerdictTotal(1, 80 * MIB)),),
+    )
+    result = found(sound(case_of(PROCESS)), report)
+    assert set(result) == {"POSSIBLE-LEAK"}
+    finding = result["POSSIBLE-LEAK"]
+    assert (finding.severity, finding.confidence) == (Severity.INFO, Confidence.WEAK)
+    assert finding.quantity("encoded_bytes") == 80 * MIB
+    assert any("high_tag" in fact.statement for fact in finding.evidence)
+    assert list(leak_verdict(report, (finding,))) == []
+
+
+@pytest.mark.parametrize("heuristic", [Heuristic.MISSING_SHARED_MEMORY, Heuristic.SIGNAL_STACK])
+def test_what_something_out_of_sight_may_hold_is_weak(case_of: CaseOf, heuristic: Heuristic) -> None:
+    report = dataclasses.replace(
+        with_live(leaks(lost(80 * MIB, verdict=Verdict.POSSIBLY_LOST)), MIB),
+        missing_shared_bytes=8 * MIB,
+        unreachable=VerdictTotal(1, 80 * MIB),
+        unreachable_possible=VerdictTotal(1, 80 * MIB),
+        heuristics=((heuristic, VerdictTotal(1, 80 * MIB)),),
+    )
+    result = found(sound(case_of(PROCESS)), report)
+    assert set(result) == {"POSSIBLE-LEAK"}
+    finding = result["POSSIBLE-LEAK"]
+    assert (finding.severity, finding.confidence) == (Severity.INFO, Confidence.WEAK)
+    (item,) = leak_verdict(report, (finding,))
+    assert (item.topic, item.bytes) == ("possibly_lost", 80 * MIB)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +258,7 @@ def test_without_all_roots_nothing_is_more_than_possibly_lost(
         with_live(leaks(lost(80 * MIB, verdict=Verdict.POSSIBLY_LOST)), 100 * MIB),
         missing_root_bytes=missing,
         unreachable=VerdictTotal(1, 80 * MIB),
+        unreachable_possible=VerdictTotal(1, 80 * MIB),
     )
     result = found(sound(case_of(PROCESS)), report)
     assert set(result) == {"POSSIBLE-LEAK"}
@@ -225,7 +271,9 @@ def test_without_all_roots_nothing_is_more_than_possibly_lost(
 
 def test_without_registers_what_nothing_leads_to_is_weak(case_of: CaseOf) -> None:
     report = dataclasses.replace(
-        with_live(leaks(lost(80 * MIB, verdict=Verdict.POSSIBLY_LOST)), MIB), unreachable=VerdictTotal(1, 80 * MIB)
+        with_live(leaks(lost(80 * MIB, verdict=Verdict.POSSIBLY_LOST)), MIB),
+        unreachable=VerdictTotal(1, 80 * MIB),
+        unreachable_possible=VerdictTotal(1, 80 * MIB),
     )
     finding = found(sound(case_of(PROCESS)), report)["POSSIBLE-LEAK"]
     assert finding.confidence is Confidence.WEAK

@@ -18,10 +18,10 @@ from jsonschema import Draft202012Validator
 
 import coreheap
 from coreheap.cli import main, pipeline
-from coreheap.cli.arguments import CHUNK_STATES, SEVERITIES, VERDICTS, Request
+from coreheap.cli.arguments import CHUNK_STATES, HEURISTICS, SEVERITIES, VERDICTS, Request
 from coreheap.errors import CoreheapError, FailedHere, InputNotUsable, MemoryFault, UnsupportedCore, UsageError
 from coreheap.heap import ChunkState
-from coreheap.leaks import Verdict
+from coreheap.leaks import OPTIONAL_HEURISTICS, Verdict
 from coreheap.render.json_document import SchemaName, schema_text
 from coreheap.report import Report, Severity
 from tests.core_builder import CoreBuilder, elf_image
@@ -257,6 +257,7 @@ def test_names_known_to_the_parser_are_those_of_the_heap_and_the_report() -> Non
     assert tuple(state.label for state in ChunkState) == CHUNK_STATES
     assert tuple(severity.value for severity in Severity) == SEVERITIES
     assert {verdict.label for verdict in Verdict if verdict is not Verdict.NONE} == set(VERDICTS)
+    assert {heuristic.label for heuristic in OPTIONAL_HEURISTICS} == set(HEURISTICS)
 
 
 def test_the_users_words_reach_the_analysis(

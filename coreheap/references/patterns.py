@@ -52,6 +52,8 @@ EDGES_AT_ONCE = 1 << 22
 MANY_ALIKE = 8
 ALIKE_SHARE = 0.9
 """So many blocks, and so much of all in question, that are pointed to at one distance are no chance."""
+VERY_MANY_ALIKE = 256
+"""So many are none at whatever distance (SQLite's pages: their headers lie behind them)."""
 SEVERAL_SIZES = 3
 HEADER_WORDS = 4
 """A header of a wrapper that has more words than these is believed before blocks of several sizes only."""
@@ -240,7 +242,9 @@ def _at_constant_offset(reached: Reached, address: UInt64s, target: Int64s, link
     is_header = pairs[1] <= HEADER_WORDS * index.geometry.word_bytes
     is_list = 2 * np.bincount(pair[linked], minlength=len(blocks_at)) >= blocks_at
     of_wrapper = (sizes_at[at] >= SEVERAL_SIZES) & (blocks_at_all[at] >= MANY_ALIKE)
-    constant = is_most & (of_wrapper | ((blocks_at >= MANY_ALIKE) & (is_header | is_list)))
+    constant = is_most & (
+        of_wrapper | ((blocks_at >= MANY_ALIKE) & (is_header | is_list)) | (blocks_at >= VERY_MANY_ALIKE)
+    )
     found: Bools = constant[pair]
     return found
 

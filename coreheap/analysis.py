@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,9 +19,10 @@ from coreheap.checks import CHECKS, Case
 from coreheap.corefile import Core
 from coreheap.corefile.stacks import NO_STACKS, find_stacks
 from coreheap.crashes import find_crash
+from coreheap.crashes.abort_message import plain_message
 from coreheap.errors import failure_here
 from coreheap.evidence import Gap
-from coreheap.forensics import DamageSurvey, find_damages
+from coreheap.forensics import DamageSurvey, find_damages, held_against
 from coreheap.free_memory import FreeMemoryReport
 from coreheap.heap import NOTHING_LEFT_OUT, HeapSnapshot, StateTotals, sum_of_totals
 from coreheap.kernels import active_name
@@ -122,6 +123,8 @@ def analyze_with_references(core: Core, options: AnalysisOptions | None = None) 
     gaps += account.gaps
     damage = _find_damages(core, heap, search, defects)
     crash = _answer("crash", partial(find_crash, core, heap, stacks, damage.damages), defects)
+    if crash is not None and crash.abort_message is not None:
+        damage = replace(damage, damages=held_against(damage.damages, plain_message(crash.abort_message.text)))
     findings = _run_checks(
         Case(
             core,

@@ -131,3 +131,5 @@ class Damage:
     evidence: tuple[Evidence, ...]
     confidence: Confidence
     weakened_by: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
+    """All that glibc of this release may say, by which operation meets the damage first."""

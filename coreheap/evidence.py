@@ -96,6 +96,8 @@ class Anomaly:
     header_address: int | None = None
     foreign_bytes: int | None = None
     may_be_of_the_moment: bool = False
+    messages: tuple[str, ...] = ()
+    """All that glibc may say of it, by which operation meets it first; ``message`` is the likeliest."""
 
 
 def confidence_from(evidence: Iterable[Evidence]) -> Confidence:

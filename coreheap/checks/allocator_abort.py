@@ -77,7 +77,7 @@ def explaining_damage(message: AbortMessage, damages: Iterable[Damage]) -> Damag
         if victim is not None and message.pointer in (victim.payload_address, victim.header_address):
             return damage
     said = plain_message(message.text)
-    return next((damage for damage in known if damage.message is not None and damage.message == said), None)
+    return next((damage for damage in known if said in damage.messages), None)
 
 
 def _of_pointer(message: AbortMessage) -> tuple[Quantity, ...]:

@@ -1,5 +1,5 @@
 """From contradictions in a heap to damages: what happened, where to the byte, and who did it as far as the bytes tell."""
 
-from coreheap.forensics.survey import DAMAGES_KEPT, DamageSurvey, find_damages
+from coreheap.forensics.survey import DAMAGES_KEPT, DamageSurvey, find_damages, held_against
 
-__all__ = ["DAMAGES_KEPT", "DamageSurvey", "find_damages"]
+__all__ = ["DAMAGES_KEPT", "DamageSurvey", "find_damages", "held_against"]

@@ -162,6 +162,7 @@ def _damage(places: Places, told: Told, suspicion: Suspicion) -> Damage:
             kind = DamageKind.IN_TRANSITION
     victim = places.place(told.victim) if told.victim is not None else None
     culprit = places.place(told.culprit) if told.culprit is not None else None
+    message, messages = _messages(suspicion)
     lost = victim.chunk_bytes if victim is not None and victim.state is ChunkState.DAMAGED else 0
     confidence = confidence_from(evidence)
     return Damage(
@@ -175,18 +176,25 @@ def _damage(places: Places, told: Told, suspicion: Suspicion) -> Damage:
         anomalies=tuple(sorted(set(suspicion.numbers))),
         lost_bytes=lost,
         arena=suspicion.arena if suspicion.arena is not None else (victim.arena if victim is not None else None),
-        message=_message(suspicion),
+        message=message,
+        messages=messages,
         evidence=tuple(evidence),
         confidence=confidence,
         weakened_by=tuple(dict.fromkeys(weakened)),
     )
 
 
-def _message(suspicion: Suspicion) -> str | None:
-    """What glibc says of the damaged place itself before what it says of its neighbours."""
-    said = [anomaly for anomaly in suspicion.anomalies if anomaly.message]
-    said.sort(key=lambda anomaly: anomaly.code in OF_THE_NEXT_HEADER)
-    return said[0].message if said else None
+def _messages(suspicion: Suspicion) -> tuple[str | None, tuple[str, ...]]:
+    """What glibc says, and all that it may say: of the damaged place itself before what it says of its neighbours."""
+    said = sorted(suspicion.anomalies, key=lambda anomaly: anomaly.code in OF_THE_NEXT_HEADER)
+    texts = [*(anomaly.message for anomaly in said), *(text for anomaly in said for text in anomaly.messages)]
+    first = next((anomaly.message for anomaly in said if anomaly.message), None)
+    return first, tuple(dict.fromkeys(text for text in texts if text))
+
+
+def held_against(damages: tuple[Damage, ...], said: str) -> tuple[Damage, ...]:
+    """The same damages; of what glibc may say of each, the words that it did say come first."""
+    return tuple(replace(damage, message=said) if said in damage.messages else damage for damage in damages)
 
 
 def _gravity(damage: Damage) -> tuple[int, bool, int, int]:

@@ -51,6 +51,7 @@ def test_damage_is_found_where_it_is(name: str) -> None:
         *damages_otherwise(report, expected, account),
         *blocks_otherwise(report, truth, expected, account),
         *figures_otherwise(report, truth, expected, account),
+        *messages_otherwise(report, account),
         *ledger_errors(report.ledger),
         *report.defects,
     ]
@@ -70,6 +71,8 @@ def test_damage_that_malloc_met_is_found_where_it_is(name: str) -> None:
     said = [finding.quantity("message") for finding in report.findings if finding.code == "ALLOCATOR-ABORT"]
     if said != ([account.said] if account.said and "assertion" not in account.said else said):
         differences.append(f"malloc said {account.said!r}, the report {said}")
+    if said and report.damages and said[0] in report.damages[0].messages and report.damages[0].message != said[0]:
+        differences.append(f"malloc said {said}, and of the damage it is {report.damages[0].message!r}")
     assert differences == []
 
 
@@ -157,6 +160,14 @@ def one_damage_otherwise(damage: Damage, expected: Expected, account: Account) -
     if not expected.names_culprit and culprit not in (None, account.culprit) and sure:
         differences.append(f"culprit {culprit:#x} is {damage.confidence.value}, and nothing tells")
     return differences
+
+
+def messages_otherwise(report: Report, account: Account) -> list[str]:
+    """What malloc's next operation said in a child of the process is among what this release may say of the damage."""
+    told = {text for damage in report.damages for text in damage.messages}
+    if not account.said or "assert" in account.said.lower() or account.said in told:
+        return []
+    return [f"malloc says {account.said!r}, expected one of {sorted(told)}"]
 
 
 def is_true(kind: DamageKind, expected: Expected, account: Account) -> bool:

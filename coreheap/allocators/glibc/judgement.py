@@ -12,8 +12,14 @@ from functools import cached_property
 import numpy as np
 
 from coreheap.allocators.glibc.arenas import ArenaFacts
+from coreheap.allocators.glibc.free_checks import (
+    REALLOC,
+    Freed,
+    arena_of,
+    first_failing,
+)
 from coreheap.allocators.glibc.identify import Identification
-from coreheap.allocators.glibc.messages import RULES, UNKNOWN_RULE, Moment, message_for
+from coreheap.allocators.glibc.messages import RULES, UNKNOWN_RULE, Moment, Said, messages_for, releases_of
 from coreheap.allocators.glibc.standing import SIGABRT, Standing, Standings, touched
 from coreheap.allocators.glibc.structures import FLAGS, IS_MMAPPED, NON_MAIN_ARENA, PREV_INUSE
 from coreheap.corefile import Core
@@ -54,7 +60,25 @@ OF_THE_ARENA = frozenset(
 )
 """Codes of what malloc changes when it grows or shrinks an arena: it holds the arena then, not always the chunk."""
 
+MET_BY_FREE = frozenset(
+    {
+        "broken_chunk",
+        "size_leads_into_a_chunk",
+        "mmapped_flag_inside",
+        "arena_flag_mismatch",
+        "prev_size_mismatch",
+        "free_unlisted",
+    }
+)
+"""Codes of headers that free reads, of a chunk or of the next one."""
+
+OF_THE_CHUNK_BEHIND = frozenset({"prev_size_mismatch", "free_unlisted"})
+"""Codes that the header behind a chunk makes."""
+
+MAY_BE_FREED = (ChunkState.IN_USE, ChunkState.DAMAGED, ChunkState.FREE_UNLISTED)
+
 BELONGS_TO_CHUNK = (ChunkState.UNSORTED_BIN, ChunkState.SMALL_BIN, ChunkState.LARGE_BIN)
+LABELS_OF_BINS = frozenset(state.label for state in BELONGS_TO_CHUNK)
 
 WALK_CODES = frozenset({"broken_chunk", "top_not_reached", *(anomaly.name.lower() for anomaly in WalkAnomaly)})
 
@@ -114,14 +138,49 @@ class Judge:
         suspects = self._suspects(anomaly, moment or rule.moment, locked, thread)
         if suspects is not NO_SUSPECTS:
             confidence = min(confidence, Confidence.PLAUSIBLE, key=lambda level: level.rank)
-        message = anomaly.message or message_for(anomaly.code, place, self.layout.generation, self.release)
+        said = (Said(anomaly.message),) if anomaly.message else self._messages(anomaly, place)
         return replace(
             anomaly,
-            message=message,
+            message=next((one.text for one in said if not one.is_later), None),
+            messages=tuple(dict.fromkeys(one.text for one in said)),
             arena_locked=locked,
             confidence=confidence,
             may_be_of_the_moment=suspects is LIVING_SUSPECTS,
         )
+
+    def _messages(self, anomaly: Anomaly, place: str) -> tuple[Said, ...]:
+        """What glibc may say of an anomaly, the likeliest first.
+
+        Of chunks in use free's own checks are asked in their order: first with the block before, which a header's writer often
+        is, then with the chunk itself.
+        """
+        of_code = messages_for(anomaly.code, place, self.layout.generation, self.release)
+        if self.index is None or anomaly.code not in MET_BY_FREE or place in LABELS_OF_BINS:
+            return of_code
+        header = anomaly.header_address if anomaly.header_address is not None else anomaly.address
+        chunk = self.index.chunk_starting_at(header)
+        if anomaly.code in OF_THE_CHUNK_BEHIND:
+            chunk = chunk + 1 if chunk >= 0 else -1
+        if not 0 <= chunk < self.index.region_chunks or anomaly.arena is None:
+            return of_code
+        by_free = (self._said_by_free(chunk - 1, anomaly.arena), self._said_by_free(chunk, anomaly.arena))
+        by_realloc = REALLOC if anomaly.code == "broken_chunk" else ()
+        return (*(Said(text) for text in by_free if text is not None), *of_code, *by_realloc)
+
+    def _said_by_free(self, chunk: int, arena: int) -> str | None:
+        """What glibc says when it frees a chunk that is in use now; None for others, and where it says nothing."""
+        assert self.index is not None
+        if chunk < 0 or self.index.state[chunk] not in MAY_BE_FREED:
+            return None
+        header = int(chunk_extents(self.index, np.array([chunk], np.int64))[0][0])
+        size_word = self.word_at(header + self.memory.word_bytes)
+        if size_word is None:
+            return None
+        facts = self.arenas[arena]
+        main = next((other for other in self.arenas if other.is_main and other.copy == facts.copy), None)
+        asked = arena_of(size_word, facts, main)
+        freed = Freed(self.memory, self.layout.geometry, self.core.page_bytes, header, size_word, asked)
+        return first_failing(freed, releases_of(self.layout.generation, self.release)[0])
 
     def _suspects(self, anomaly: Anomaly, moment: Moment, locked: bool | None, thread: int | None) -> str:
         """Whether threads inside malloc may have left a contradiction for a moment: none, one that died there, or others."""
@@ -224,6 +283,8 @@ class Judge:
             if anomaly.code == "top_size_mismatch" and (place or (anomaly.observed_word or 0) & FLAGS != PREV_INUSE):
                 # No size that top ever has: what lies there before malloc writes it.
                 moment = Moment.BETWEEN_STORES
+        if anomaly.code == "system_mem_damaged" and (anomaly.observed_word or 0) < (anomaly.expected_word or 0):
+            place = "too_small"
         return self.judged(anomaly, place, moment=moment)
 
     def _with_words(self, anomaly: Anomaly, header: int, index: ChunkIndex) -> Anomaly:

@@ -6,7 +6,7 @@ malloc. Does not know: how a contradiction is found (``integrity``, ``overlay``,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from coreheap.allocators.glibc.structures import Generation
@@ -20,11 +20,15 @@ FIRST, LAST = RELEASES[0], RELEASES[-1]
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A text and the first and last release in which it stands."""
+    """A text and the first and last release in which it stands.
+
+    ``is_later``: not the place itself is noticed, only, if at all, what malloc comes to behind it.
+    """
 
     text: str
     first: str = FIRST
     last: str = LAST
+    is_later: bool = False
 
     def is_said_in(self, release: str) -> bool:
         position = RELEASES.index(release)
@@ -42,18 +46,33 @@ _SMALL = (Said("malloc(): smallbin double linked list corrupted"),)
 _TCACHE_UNALIGNED = (Said("malloc(): unaligned tcache chunk detected", "2.32"),)
 _FAST_UNALIGNED = (
     Said("malloc(): unaligned fastbin chunk detected", "2.32", "2.42"),
+    Said("malloc(): unaligned fastbin chunk detected 2", "2.32", "2.42"),
+    Said("malloc(): unaligned fastbin chunk detected 3", "2.32", "2.42"),
     Said("malloc(): memory corruption (fast)", last="2.31"),
+    Said("malloc_consolidate(): unaligned fastbin chunk detected", "2.32", "2.42"),
+    Said("malloc_consolidate(): invalid chunk size", "2.27", "2.42"),
 )
 _FAST_INDEX = (Said("malloc(): memory corruption (fast)", last="2.42"),)
 _INVALID_NEXT = (Said("free(): invalid next size (normal)"),)
+_OF_UNSORTED = (
+    Said("malloc(): invalid size (unsorted)", "2.29"),
+    Said("malloc(): invalid next size (unsorted)", "2.29"),
+    Said("malloc(): mismatching next->prev_size (unsorted)", "2.29"),
+    Said("malloc(): memory corruption", last="2.28"),
+)
 _NOT_PREVIOUS = (Said("double free or corruption (!prev)"),)
-_PREV_SIZE = (Said("corrupted size vs. prev_size", "2.26"),)
 _PREV_SIZE_MERGING = (
     Said("corrupted size vs. prev_size while consolidating", "2.29"),
     Said("corrupted size vs. prev_size", "2.26", "2.28"),
 )
+_PREV_SIZE = (Said("corrupted size vs. prev_size", "2.26"), *_PREV_SIZE_MERGING)
 _MUNMAP = (Said("munmap_chunk(): invalid pointer"),)
 _TOP_ASSERTION = (Said("assertion failed in sysmalloc"),)
+
+
+def _later(texts: tuple[Said, ...]) -> tuple[Said, ...]:
+    return tuple(replace(said, is_later=True) for said in texts)
+
 
 _BIN_LINKS = {"unsorted_bin": _UNSORTED, "small_bin": _SMALL, "large_bin": _UNLINK}
 
@@ -62,7 +81,7 @@ MESSAGES: dict[str, dict[str, tuple[Said, ...]]] = {
     "prev_size_mismatch": {
         "unsorted_bin": (
             Said("malloc(): mismatching next->prev_size (unsorted)", "2.29"),
-            Said("corrupted size vs. prev_size", "2.26", "2.28"),
+            *_PREV_SIZE,
         ),
         "small_bin": _PREV_SIZE,
         "large_bin": _PREV_SIZE,
@@ -71,9 +90,9 @@ MESSAGES: dict[str, dict[str, tuple[Said, ...]]] = {
     "mmapped_flag_inside": {"": _MUNMAP},
     "first_chunk_previous_free": {"": _PREV_SIZE_MERGING},
     "broken_chunk": {
-        "too_small": (Said("free(): invalid size"),),
-        "misaligned": (Said("free(): invalid size", last="2.41"), Said("free(): invalid next size (normal)", "2.42")),
-        "": _INVALID_NEXT,
+        "too_small": (Said("free(): invalid size"), *_OF_UNSORTED),
+        "misaligned": (Said("free(): invalid size", last="2.41"), *_INVALID_NEXT, *_OF_UNSORTED),
+        "": (*_INVALID_NEXT, *_OF_UNSORTED),
     },
     "size_leads_into_a_chunk": {"": _INVALID_NEXT},
     "marker_without_fencepost": {"": (Said("assertion failed in heap_trim"),)},
@@ -96,10 +115,15 @@ MESSAGES: dict[str, dict[str, tuple[Said, ...]]] = {
     "list_broken_back_link": _BIN_LINKS,
     "list_broken_forward_link": _BIN_LINKS,
     "list_misaligned": {"tcache": _TCACHE_UNALIGNED, "fastbin": _FAST_UNALIGNED, **_BIN_LINKS},
-    "list_not_a_chunk_start": {"fastbin": _FAST_INDEX, **_BIN_LINKS},
+    "list_not_a_chunk_start": {
+        "tcache": _later(_TCACHE_UNALIGNED),
+        "fastbin": (*_FAST_INDEX, *_FAST_UNALIGNED),
+        **_BIN_LINKS,
+    },
     "list_wrong_state": _BIN_LINKS,
     "list_already_listed": {
-        "tcache": (Said("free(): too many chunks detected in tcache", "2.33"),),
+        "tcache": (Said("free(): too many chunks detected in tcache", "2.33"), *_TCACHE_UNALIGNED),
+        "fastbin": _later((Said("double free or corruption (fasttop)", last="2.42"), *_FAST_UNALIGNED)),
         **_BIN_LINKS,
     },
     "list_looks_in_use": {
@@ -120,27 +144,36 @@ MESSAGES: dict[str, dict[str, tuple[Said, ...]]] = {
     # malloc's own structures.
     "sub_heap_header_damaged": {"": (Said("assertion failed in heap_trim"),)},
     "fencepost_damaged": {"": (Said("assertion failed in heap_trim"),)},
-    "mmapped_header_damaged": {"": _MUNMAP},
+    "mmapped_header_damaged": {
+        "": (
+            *_MUNMAP,
+            Said("double free or corruption (out)"),
+            Said("free(): invalid pointer"),
+            Said("free(): invalid size"),
+        )
+    },
+    "system_mem_damaged": {"too_small": (Said("malloc(): corrupted top size", "2.29"), *_INVALID_NEXT)},
 }
 """By code and place; the place "" stands for all that have no row of their own. A code without a row: no release checks it."""
 
 
-def message_for(code: str, place: str, generation: Generation, release: str | None) -> str | None:
-    """What glibc says when it meets an anomaly, None where it would not notice.
+def messages_for(code: str, place: str, generation: Generation, release: str | None) -> tuple[Said, ...]:
+    """What glibc may say when it meets an anomaly, in this order; nothing where it would not notice.
 
     ``place`` is the kind of list or the state of the chunk, see MESSAGES. ``release`` is such as 2.36, None where the core
     does not tell: then the generation's releases are asked, newest first.
     """
     places = MESSAGES.get(code, {})
     texts = places.get(place, places.get("", ()))
-    for candidate in _releases_of(generation, release):
-        for said in texts:
-            if said.is_said_in(candidate):
-                return said.text
-    return None
+    for candidate in releases_of(generation, release):
+        said = tuple(said for said in texts if said.is_said_in(candidate))
+        if said:
+            return said
+    return ()
 
 
-def _releases_of(generation: Generation, release: str | None) -> tuple[str, ...]:
+def releases_of(generation: Generation, release: str | None) -> tuple[str, ...]:
+    """The release, or the generation's where the core does not tell it, newest first."""
     own = tuple(dict.fromkeys(name.partition("-")[0] for name in reversed(generation.releases)))
     return (release,) if release in own else own
 

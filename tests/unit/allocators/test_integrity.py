@@ -9,7 +9,7 @@ import pytest
 
 import coreheap
 from coreheap.allocators.glibc.layouts import GENERATIONS
-from coreheap.allocators.glibc.messages import MESSAGES, RELEASES, RULES, Said, message_for
+from coreheap.allocators.glibc.messages import MESSAGES, RELEASES, RULES, Said, messages_for
 from coreheap.evidence import Anomaly, Confidence
 from coreheap.report import Report
 from tests.heap_builder import IN_USE, LARGE_BIN, PAGE, SMALL_BIN, TCACHE
@@ -292,7 +292,7 @@ def test_end_marker_of_a_retired_sub_heap(case: str, tmp_path: Path) -> None:
 
 def said(code: str, place: str, version: str) -> str | None:
     (generation,) = [row for row in GENERATIONS if version in row.releases]
-    return message_for(code, place, generation, version)
+    return next((one.text for one in messages_for(code, place, generation, version) if not one.is_later), None)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from coreheap.crash import CrashContext, FaultKind, Frame, FrameSource, PlaceNote
 from coreheap.damage import ChunkPlace, Damage, DamagedPlace, DamageKind, Pattern, PatternKind, Repair
+from coreheap.heap import ChunkState
 from coreheap.quantities import format_address, format_bytes, format_count
 from coreheap.render.discretion import discreet_address, discreet_word, without_content
 from coreheap.render.escaping import printable, shortened
 from coreheap.render.wording import LONGEST_TEXT, PLACES, humanized
 
 _KINDS = {
-    DamageKind.OVERFLOW: "A live block was written past its end, over",
+    DamageKind.OVERFLOW: "A block was written past its end, over",
     DamageKind.UNDERFLOW: "A live block was written before its start, over",
     DamageKind.USE_AFTER_FREE: "A block was written to after it was freed, over",
     DamageKind.DOUBLE_FREE: "One block is free twice, as is seen from",
@@ -86,6 +87,8 @@ def damage_sentence(damage: Damage) -> str:
         return "A block was written to after it was freed; the fill that malloc gave it has changed."
     if damage.kind in _BY_LISTS and damage.place is DamagedPlace.FREE_LIST:
         return _BY_LISTS[damage.kind]
+    if damage.kind is DamageKind.OVERFLOW and damage.culprit is not None and damage.culprit.state is ChunkState.TCACHE:
+        return f"A block was written past its end before it was freed, over {place}."
     return f"{_KINDS[damage.kind]} {place}."
 
 

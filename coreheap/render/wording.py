@@ -212,7 +212,7 @@ def _overflow(shown: _Shown) -> str:
         f"{shown['byte_count']} behind it are foreign" if shown.has("byte_count") else "what is behind it is foreign"
     )
     return (
-        f"A live block{shown.if_known(' at ', 'culprit_address')}{shown.if_known(', held by ', 'culprit_holder', ',')} was written past its end, over "
+        f"A block{shown.if_known(' at ', 'culprit_address')}{shown.if_known(', held by ', 'culprit_holder', ',')} was written past its end, over "
         f"{shown.place('the header of the next chunk')}: {foreign}{shown.if_known(', from ', 'address', ' on')}."
     )
 

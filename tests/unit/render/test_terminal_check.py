@@ -62,7 +62,7 @@ def test_the_answer_comes_first_then_the_crash_then_the_damage() -> None:
     text = check_text(REPORTS["corrupt"], PageStyle())
     sections = re.findall(r"^(Verdict|Crash|Damage|Findings|Where the heap|What was checked)", text, re.MULTILINE)
     assert sections == ["Verdict", "Crash", "Damage", "Findings", "Where the heap", "What was checked"]
-    assert "The heap is damaged (certain): a live block at 0x7f3a140008d0 was written past its end" in flat(text)
+    assert "The heap is damaged (certain): a block at 0x7f3a140008d0 was written past its end" in flat(text)
 
 
 def test_frames_that_were_guessed_are_marked_and_the_rest_counted() -> None:
@@ -135,7 +135,7 @@ def test_the_verdict_of_analyze_begins_with_grave_damage_alone(
 ) -> None:
     found = report_samples.corruption_finding(severity=severity, confidence=confidence)
     text = report_text(report_samples.corrupt_report(findings=(found,)), PageStyle(width=120))
-    assert ("\n The heap is damaged: a live block" in text) == leads
+    assert ("\n The heap is damaged: a block" in text) == leads
 
 
 def test_malloc_is_named_as_the_witness_where_nothing_else_found_the_damage() -> None:

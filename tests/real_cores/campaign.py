@@ -274,6 +274,18 @@ JUDGED = frozenset(("LEAK", "OTHER-ALLOCATOR", "PARTIAL-CORE", *calibration.FIGU
 """Findings that the witness could refute, beside those of damage, all of which are wrong."""
 
 
-def document(ends: Sequence[End], left_out: dict[str, str], revision: str) -> dict[str, object]:
-    """What is kept of a campaign: fixtures/facts/campaign.json."""
-    return {"revision": revision, "left_out": left_out, "ends": [asdict(end) for end in ends]}
+def document(
+    ends: Sequence[End], left_out: dict[str, str], packages: dict[str, str], revision: str
+) -> dict[str, object]:
+    """What is kept of a campaign: fixtures/facts/campaign.json. ``versions``: of each program's package."""
+    versions = {name: _version(package.split()[0]) for name, package in packages.items()}
+    return {
+        "revision": revision, "left_out": left_out, "versions": versions, "ends": [asdict(end) for end in ends],
+    }  # fmt: skip
+
+
+def _version(package: str) -> str:
+    asked = subprocess.run(
+        ["dpkg-query", "-W", "-f", "${Version}", package], capture_output=True, text=True, check=False
+    )
+    return asked.stdout

@@ -145,6 +145,7 @@ def _arena_cases() -> Iterator[Case]:
     yield Case("refilled", "threads", ("threads=2", "gone=12", "steps=9000", "seed=113"), environment=filled)
     for place in ("libc", "call", "program"):
         yield Case(f"interrupted_{place}", "interrupted", (f"in={place}", "seed=114"))
+    yield Case("io_workers", "io_workers", ("threads=2", "rings=3", "seed=115"))
     yield Case("bloat", "bloat", ("threads=40", "peak=1500", "seed=121"))
     yield Case("bloat_small", "bloat", ("threads=40", "peak=200", "stack=64", "seed=122"))
     yield Case("retained", "bloat", ("main=65536", "seed=123"))
@@ -460,6 +461,7 @@ EXCLUSIONS = (
     Exclusion("trim*", "*-arm64", "qemu-user does not tell which pages of the program are in memory"),
     Exclusion("retitled", "*", "about the kernel's stack: nothing differs by release"),
     Exclusion("interrupted_*", "*", "about the kernel's signal frames: nothing differs by release"),
+    Exclusion("io_workers", "*", "about the kernel's own threads: nothing differs by release"),
     Exclusion("refilled", "*", "about what malloc leaves in free chunks, which is alike in all releases"),
     Exclusion("neighbours", "*", "about the kernel's mappings: nothing differs by release"),
     Exclusion("like_nodes", "*", "about references alone: nothing differs by release"),

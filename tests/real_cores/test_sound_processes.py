@@ -32,6 +32,17 @@ def test_nothing_is_damaged_and_every_block_is_in_its_place(case: str, analysed:
     assert compare_sets(report.heap, truth) == []
 
 
+def test_the_workers_of_io_uring_have_no_tcache_of_their_own(analysed: Analysed) -> None:
+    """The kernel copies the thread pointer to them: each tcache would be found several times, and all on it freed twice."""
+    report, truth = analysed("io_workers")
+    assert report.heap is not None
+    assert truth.note_numbers("io_workers") == [9]
+    assert {thread.lwp for thread in report.threads} == {thread.tid for thread in truth.live_threads}
+    addresses = [cache.address for cache in report.heap.thread_caches]
+    assert len(addresses) == len(set(addresses)) == 3
+    assert compare_all(report, truth) == []
+
+
 @pytest.mark.parametrize(
     ("case", "confidence"),
     [

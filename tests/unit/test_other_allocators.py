@@ -14,6 +14,7 @@ import coreheap
 from coreheap.accounting.other_allocators import tcmalloc
 from coreheap.accounting.other_allocators.jemalloc import jemalloc_ranges
 from coreheap.accounting.other_allocators.memory import AnonymousMemory
+from coreheap.accounting.other_allocators.mimalloc import mimalloc_ranges
 from coreheap.accounting.other_allocators.pymalloc import pymalloc_ranges
 from coreheap.accounting.other_allocators.tcmalloc import LEAF_BYTES, LEAVES_LIMIT, tcmalloc_ranges
 from coreheap.evidence import Strength
@@ -155,3 +156,15 @@ def test_a_search_that_was_cut_is_a_doubt(tmp_path: Path) -> None:
         found = tcmalloc_ranges(AnonymousMemory(core), core.modules[0])
     against = [fact for fact in found[0].evidence if fact.speaks_against]
     assert [fact.strength for fact in against] == [Strength.HINT]
+
+
+@pytest.mark.parametrize(("address", "is_one"), [(0x3000000, False), (MEMORY + 4 * MIB, True)])
+def test_like_words_at_a_low_address_are_no_segment_of_mimalloc(address: int, is_one: bool, tmp_path: Path) -> None:
+    """Python's bytecode in the break differs in one bit from bytecode in the program's data, and so do their addresses."""
+    word = 0x5F007C017C0097
+    builder = core_of(bytes(PAGE), [word ^ address])
+    builder.add_segment(address, struct.pack("<64Q", *[0] * 61, word, 0, 0).ljust(PAGE, b"\0"))
+    with coreheap.open(builder.write(tmp_path / "core")) as core:
+        (module,) = [module for module in core.modules if module.path == "/opt/lib.so"]
+        found = mimalloc_ranges(AnonymousMemory(core), module)
+    assert bool(found) is is_one

@@ -23,6 +23,9 @@ HEADER_WORDS: Final = 64
 SECRET_LEAST: Final = 1 << 48
 """Secrets are random; below are addresses, counts, and what both make when they are mixed."""
 CANDIDATE_LIMIT: Final = 1 << 20
+MAPPED_LEAST: Final = 1 << 32
+"""mimalloc maps its segments, and the kernel maps high. An address of few bits hardly changes a word that is mixed with it: in the
+break of a program that is not PIE two like words of any kind (Python's bytecode) would be a segment and its secret."""
 
 
 def mimalloc_ranges(anonymous: AnonymousMemory, module: Module) -> tuple[Ranges, ...]:
@@ -50,7 +53,8 @@ def mimalloc_ranges(anonymous: AnonymousMemory, module: Module) -> tuple[Ranges,
 
 def _segments(anonymous: AnonymousMemory, secrets: UInt64s, size: int) -> UInt64s:
     """Addresses of the segments: all those where the same word of the header gives the same secret."""
-    address = anonymous.multiples_of(size)[:CANDIDATE_LIMIT]
+    address = anonymous.multiples_of(size)
+    address = address[address >= np.uint64(MAPPED_LEAST)][:CANDIDATE_LIMIT]
     rows, saved = anonymous.rows_at(address, HEADER_WORDS)
     mixed = rows ^ address[:, None]
     known = np.isin(mixed, secrets) & saved[:, None]

@@ -43,8 +43,9 @@ TIMES = 3
 class End:
     """One end of one program: what it had, and what coreheap said of it.
 
-    ``how``: ``killed`` (the kernel's core) or ``dumped`` (gdb's). ``blocks``: live by the witness. ``findings``: code and confidence
-    of each. ``lost``: blocks that are called lost in a finding that is strong or certain. ``wrong``: every statement that is not true.
+    ``how``: ``killed`` (the kernel's core) or ``dumped`` (gdb's). ``blocks``: live by the witness, which the
+    report was compared with; 0 where malloc is not glibc's. ``findings``: code and confidence of each. ``lost``: blocks that are called lost
+    in a finding. ``wrong``: every statement that is certain or strong and not true.
     """
 
     program: str
@@ -127,7 +128,7 @@ def _examined(name: str, worker: Worker, how: str, core: Path, events: Events) -
     sets = sets_otherwise(report, account) if worker.has_glibc_malloc else []
     wrong = [*sets, *sure_damage(report), *report.defects, *ledger_errors(report.ledger)]
     lost, refuted = lost_wrongly(report, core, stack_pointers, events)
-    wrong += refuted
+    wrong += refuted if sure_leak(report) else []
     wrong_findings = []
     for finding in report.findings:
         if why := why_wrong(finding, report, worker, account, bool(refuted)):
@@ -135,7 +136,7 @@ def _examined(name: str, worker: Worker, how: str, core: Path, events: Events) -
             if finding.confidence.rank > Confidence.PLAUSIBLE.rank:
                 wrong.append(f"{finding.code} {finding.confidence.value}: {why}")
     return End(
-        name, how, size, len(account.live), account.calls, report.process.thread_count,
+        name, how, size, len(account.live) if worker.has_glibc_malloc else 0, account.calls, report.process.thread_count,
         report.crash is not None and bool(report.crash.inside_malloc),
         tuple((finding.code, finding.confidence.value) for finding in report.findings), tuple(wrong_findings),
         report.verdict[0].topic if report.verdict else "", lost, tuple(wrong), round(seconds, 2),
@@ -163,10 +164,14 @@ def sets_otherwise(report: Report, account: Account) -> list[str]:
     return differences
 
 
+def sure_leak(report: Report) -> bool:
+    """Whether a finding that is strong or certain calls blocks lost."""
+    return any(f.code == "LEAK" and f.confidence.rank > Confidence.PLAUSIBLE.rank for f in report.findings)
+
+
 def lost_wrongly(report: Report, core: Path, stack_pointers: tuple[int, ...], events: Events) -> tuple[int, list[str]]:
-    """How many blocks a strong or certain finding calls lost, and what refutes that of some."""
-    sure = any(f.code == "LEAK" and f.confidence.rank > Confidence.PLAUSIBLE.rank for f in report.findings)
-    if report.heap is None or report.leaks is None or not sure:
+    """How many blocks a finding calls lost, and what refutes that of some."""
+    if report.heap is None or report.leaks is None or not any(finding.code == "LEAK" for finding in report.findings):
         return 0, []
     scan = live_words.Scan.of(core, report.heap, stack_pointers)
     lost = scan.lost_payloads()

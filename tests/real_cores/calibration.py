@@ -7,12 +7,12 @@ where no record tells: the code then counts as given alone. docs/proven.md has t
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import Enum
-from pathlib import Path
 
 import numpy as np
 
@@ -60,30 +60,36 @@ class Calibration:
         return tuple(s for s in self.statements if s.judgement is Judgement.WRONG and s.confidence in sure)
 
 
-def cached() -> Iterator[tuple[Case, Path, Path]]:
-    """Every case of the tables whose core and truth are in the cache; those that are only measured are left out."""
+def cached() -> list[str]:
+    """Every case of the tables whose core is in the cache; those that are only measured are left out."""
     directory = cores.default_directory()
-    for table in (CASES, DAMAGE, MATRIX):
-        for name, case in table.items():
-            if not case.slow and (directory / f"{name}.core").exists():
-                with suppress(cores.CannotMake, cores.RunFailed):
-                    paths = cores.core_for(name)  # made anew where its program has changed
-                    yield case, paths.core, paths.truth
+    tables = (CASES, DAMAGE, MATRIX)
+    return [
+        name
+        for table in tables
+        for name, case in table.items()
+        if not case.slow and (directory / f"{name}.core").exists()
+    ]
 
 
 def count() -> Calibration:
-    """Analyses every cached core."""
-    statements: list[Statement] = []
-    number = 0
-    for case, core, truth_file in cached():
-        truth = load_truth(truth_file)
-        with coreheap.open(core) as opened:
-            report = coreheap.analyze(opened)
-        number += 1
-        for finding in report.findings:
-            judgement, why = judged(finding, report, truth, case)
-            statements.append(Statement(case.name, finding.code, finding.confidence.value, judgement, why))
-    return Calibration(number, tuple(statements))
+    """Analyses every cached core, on all processors."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        found = [statements for statements in pool.map(_statements_of, cached()) if statements is not None]
+    return Calibration(len(found), tuple(statement for statements in found for statement in statements))
+
+
+def _statements_of(name: str) -> list[Statement] | None:
+    """The findings on a core, made anew where its program has changed; None where it cannot be."""
+    try:
+        paths = cores.core_for(name)
+    except (cores.CannotMake, cores.RunFailed):
+        return None
+    case, truth = cores.case_named(name), load_truth(paths.truth)
+    with coreheap.open(paths.core) as opened:
+        report = coreheap.analyze(opened)
+    judgements = [(finding, *judged(finding, report, truth, case)) for finding in report.findings]
+    return [Statement(name, f.code, f.confidence.value, judgement, why) for f, judgement, why in judgements]
 
 
 # ---------------------------------------------------------------------------------- judgements
@@ -93,6 +99,8 @@ def judged(finding: Finding, report: Report, truth: Truth, case: Case) -> tuple[
     """Whether what the process wrote down refutes the finding, and how."""
     if finding.code in CORRUPTION:
         return _damage(finding, truth, case)
+    if finding.code == "ALLOCATOR-ABORT":
+        return _abort(finding, truth, case)
     if finding.code == "OTHER-ALLOCATOR":
         return _of(_other_allocator(finding, case))
     if finding.code == "PARTIAL-CORE":
@@ -116,12 +124,31 @@ def _damage(finding: Finding, truth: Truth, case: Case) -> tuple[Judgement, str]
     bare = case.name.rpartition("/")[2]
     how, _, kind = bare.partition("_")
     kind = kind.partition("@")[0]
+    if true_code := DIED_INSIDE.get(bare):
+        return _of("" if finding.code in (true_code, "ALLOCATOR-LOCKED") else f"it is {true_code}")
     if how in ("damaged", "met") and kind in EXPECTED:
         expected = EXPECTED[kind] if how == "damaged" else EXPECTED_MET[kind]
         return _known_damage(finding, expected, account_of(truth), met=how == "met")
     if how == "undamaged" or not is_damaged(truth):
         return Judgement.WRONG, "the heap is sound"
     return Judgement.NOT_JUDGED, ""
+
+
+DIED_INSIDE = {
+    "crash_in_malloc_top": "CORRUPTION-OVERFLOW",
+    "crash_in_malloc_next_size": "CORRUPTION-OVERFLOW",
+    "crash_in_malloc_unsorted": "USE-AFTER-FREE",
+}
+"""What these programs did to their heap before they died inside malloc."""
+
+
+def _abort(finding: Finding, truth: Truth, case: Case) -> tuple[Judgement, str]:
+    """The message against what malloc said in the program's own trial of the same operation."""
+    bare = case.name.rpartition("/")[2]
+    said = account_of(truth).said if bare.startswith("met_") else ""
+    if not said or "assertion" in said:
+        return Judgement.NOT_JUDGED, ""
+    return _of("" if finding.quantity("message") == said else f"malloc said {said!r}")
 
 
 def is_damaged(truth: Truth) -> bool:

@@ -104,8 +104,7 @@ def judged(finding: Finding, report: Report, truth: Truth, case: Case) -> tuple[
     if finding.code == "OTHER-ALLOCATOR":
         return _of(_other_allocator(finding, case))
     if finding.code == "PARTIAL-CORE":
-        complete = truth.coredump_filter & DEFAULT_FILTER == DEFAULT_FILTER and "hidden" not in case.name
-        return _of("the core is complete" if complete else "")
+        return _of("the core is complete" if is_complete(truth) else "")
     if report.heap is not None and truth.events_recorded:
         if finding.code == "LEAK":
             return _of(", ".join(falsely_lost(report.heap, truth)[:3]))
@@ -114,6 +113,13 @@ def judged(finding: Finding, report: Report, truth: Truth, case: Case) -> tuple[
     if finding.code in FIGURES and truth.malloc_info is not None and report.heap is not None:
         return _of(_figures(finding, report.heap, truth))
     return Judgement.NOT_JUDGED, ""
+
+
+def is_complete(truth: Truth) -> bool:
+    """Whether the core holds what the process could write: by its filter, and by the mappings that it kept out (VmFlags: dd)."""
+    flags = [line.split()[1:] for line in truth.smaps.splitlines() if line.startswith("VmFlags:")]
+    left_out = any({"dd", "wr"} <= {*of_mapping} and "sh" not in of_mapping for of_mapping in flags)
+    return truth.coredump_filter & DEFAULT_FILTER == DEFAULT_FILTER and not left_out
 
 
 def _of(why_wrong: str) -> tuple[Judgement, str]:

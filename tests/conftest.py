@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
@@ -29,6 +29,8 @@ if "tests" not in sys.modules:
     _package = types.ModuleType("tests")
     _package.__path__ = [str(TESTS)]
     sys.modules["tests"] = _package
+
+from tests import needs  # noqa: E402 - only now the package is there
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,6 +53,52 @@ def skip_unless_ci(reason: str) -> NoReturn:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def _problem_told(problem: BaseException) -> NoReturn:
+    """Turns what a machine lacks into a skip with its remedy; raises anything else as it is."""
+    if isinstance(problem, needs.Missing):
+        skip_unless_ci(str(problem))
+    if isinstance(problem, FileNotFoundError) and (reason := needs.missing_program(problem)):
+        skip_unless_ci(reason)
+    raise problem
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    try:
+        return (yield)
+    except (needs.Missing, FileNotFoundError) as problem:
+        _problem_told(problem)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    try:
+        return (yield)
+    except (needs.Missing, FileNotFoundError) as problem:
+        _problem_told(problem)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tells what was skipped; into the file that COREHEAP_SKIPPED names as well, for the end of scripts/test."""
+    stats = terminalreporter.stats
+    reasons = [
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in stats.get("skipped", ())
+        if isinstance(report.longrepr, tuple)
+    ]
+    tests = sum(
+        len(stats.get(outcome, ())) for outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
+    )
+    lines = needs.told(reasons, tests)
+    place = os.environ.get("COREHEAP_SKIPPED")
+    if place:
+        Path(place).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    if lines:
+        terminalreporter.section("skipped, and what would run it")
+        for line in lines:
+            terminalreporter.line(line)
 
 
 def calls_of(question: Callable[[], Answer]) -> tuple[Answer, int]:

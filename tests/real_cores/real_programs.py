@@ -25,6 +25,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.needs import Missing
 from tests.real_cores.cores import kernel_writes_cores_here
 
 TIMEOUT_SECONDS = 240
@@ -32,7 +33,7 @@ TIMEOUT_SECONDS = 240
 QUIET_SECONDS = 0.25
 
 
-class CannotRun(Exception):
+class CannotRun(Missing):
     """This machine lacks what a program takes; the text says how to get it."""
 
 

@@ -25,12 +25,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from tests.needs import Missing
+
 APT_TIMEOUT_SECONDS = 900
 # Raised when packages are unpacked in another way.
 UNPACKING = 5
 
 
-class CannotMake(Exception):
+class CannotMake(Missing):
     """A case cannot be made on this machine; the message says why and what would help."""
 
 

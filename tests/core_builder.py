@@ -52,6 +52,8 @@ class _Segment:
     """What p_filesz claims; None for the truth."""
     file_offset: int | None
     """What p_offset claims; None for the truth."""
+    physical: int
+    """p_paddr."""
 
 
 class CoreBuilder:
@@ -96,6 +98,7 @@ class CoreBuilder:
         file_bytes: int | None = None,
         file_offset: int | None = None,
         kind: int = 1,
+        physical: int = 0,
     ) -> CoreBuilder:
         """A PT_LOAD: ``data`` is what is saved of it, ``memory_bytes`` its size (default: the
         data's).
@@ -105,7 +108,7 @@ class CoreBuilder:
         content = b"" if data is None else data
         size = len(content) if memory_bytes is None else memory_bytes
         bits = sum(bit for letter, bit in (("r", 4), ("w", 2), ("x", 1)) if letter in flags)
-        self._segments.append(_Segment(kind, bits, address, size, content, file_bytes, file_offset))
+        self._segments.append(_Segment(kind, bits, address, size, content, file_bytes, file_offset, physical))
         return self
 
     def add_empty_segments(self, addresses: np.ndarray, memory_bytes: np.ndarray, flags: int = 6) -> CoreBuilder:
@@ -278,6 +281,7 @@ class CoreBuilder:
                     segment.address,
                     stored if segment.file_bytes is None else segment.file_bytes,
                     segment.memory_bytes,
+                    segment.physical,
                 )
             )
             if stored:
@@ -352,12 +356,12 @@ class CoreBuilder:
         )
 
     def _program_header(
-        self, kind: int, flags: int, offset: int, address: int, file_bytes: int, memory_bytes: int
+        self, kind: int, flags: int, offset: int, address: int, file_bytes: int, memory_bytes: int, physical: int = 0
     ) -> bytes:
         alignment = 4 if kind == 4 else self.page_bytes
         if self.elf_class == 64:
-            return struct.pack("<2I6Q", kind, flags, offset, address, 0, file_bytes, memory_bytes, alignment)
-        return struct.pack("<8I", kind, offset, address, 0, file_bytes, memory_bytes, flags, alignment)
+            return struct.pack("<2I6Q", kind, flags, offset, address, physical, file_bytes, memory_bytes, alignment)
+        return struct.pack("<8I", kind, offset, address, physical, file_bytes, memory_bytes, flags, alignment)
 
     def _bulk_headers(self, addresses: np.ndarray, memory_bytes: np.ndarray, flags: int, offset: int) -> bytes:
         names64 = "kind:u4 flags:u4 offset:u8 address:u8 physical:u8 file:u8 memory:u8 align:u8"

@@ -18,6 +18,7 @@ import numpy as np
 
 from coreheap.corefile import elf
 from coreheap.corefile.elf import Bytes
+from coreheap.corefile.foreign import foreign_file
 from coreheap.corefile.image import SEGMENT_LIMIT, core_header, machine_of, promised_count
 from coreheap.corefile.streams import Padding, StreamDamaged, opened_stream
 from coreheap.errors import FailedHere, InputNotUsable
@@ -185,12 +186,15 @@ class _CoreLength:
 
     def _header(self, head: Bytes) -> elf.ElfHeader:
         if head[: len(elf.ELF_MAGIC)].tobytes() != elf.ELF_MAGIC:
+            dump = foreign_file(head)
             raise InputNotUsable(
                 f"what the {self._kind} stream holds is not an ELF core",
                 where=self._where,
                 expected="the magic bytes 7f 45 4c 46 (ELF) after unpacking",
-                found=head[:8].tobytes().hex(" "),
-                next_step="give the compressed core itself; an archive (tar, zip) has to be taken apart first",
+                found=dump.what if dump else head[:8].tobytes().hex(" "),
+                next_step=dump.next_step
+                if dump
+                else "give the compressed core itself; an archive has to be taken apart first",
             )
         header = core_header(head, self._where)
         machine_of(header, self._where)

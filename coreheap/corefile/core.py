@@ -23,13 +23,14 @@ from coreheap.corefile import elf
 from coreheap.corefile.compression import Progress, UnpackedCore, unpack
 from coreheap.corefile.elf import Bytes
 from coreheap.corefile.file_guard import FileGuard
+from coreheap.corefile.foreign import refuse_foreign_core
 from coreheap.corefile.holes import FileExtents, HoleMeaning
 from coreheap.corefile.image import CoreImage, read_image
 from coreheap.corefile.local_files import FileFinder
 from coreheap.corefile.mapped_files import MappedFiles, read_mapped_files
 from coreheap.corefile.memory import AddressSpace
 from coreheap.corefile.modules import Module, fetch_symbols, file_bytes_of, find_modules, rights_by_headers
-from coreheap.corefile.notes import read_notes, text_of, writer_of
+from coreheap.corefile.notes import DAMAGED_NOTES, read_notes, text_of, writer_of
 from coreheap.corefile.process import (
     AT_EXECFN,
     AT_PAGESZ,
@@ -93,6 +94,8 @@ class Core:
             strict=True,
         )
         notes = read_notes(data, self._mapping, list(places), self._gaps)
+        notes_are_whole = not any(gap.cause in DAMAGED_NOTES for gap in self._gaps)
+        refuse_foreign_core(notes, segments, self.image.header.bits, notes_are_whole, os.fspath(path))
         self.made_by = writer_of(notes, self.image.header.section_header_count)
         """"kernel", "gdb", "qemu" or "unknown"."""
         self.thread_table: ThreadTable = read_threads(data, self.machine, notes, self._gaps)

@@ -121,6 +121,8 @@ class ProgramHeaders:
     flags: npt.NDArray[np.uint32]
     file_offset: Words
     address: Words
+    physical: Words
+    """p_paddr: 0 in the cores of processes."""
     file_bytes: Words
     memory_bytes: Words
     alignment: Words
@@ -217,6 +219,7 @@ def program_headers_of(data: Bytes, header: ElfHeader, count: int) -> ProgramHea
         flags=table["flags"].astype(np.uint32),
         file_offset=column("file_offset"),
         address=column("address"),
+        physical=column("physical"),
         file_bytes=column("file_bytes"),
         memory_bytes=column("memory_bytes"),
         alignment=column("alignment"),

@@ -13,6 +13,7 @@ import numpy as np
 
 from coreheap.corefile import elf
 from coreheap.corefile.elf import Bytes, ElfHeader, ProgramHeaders
+from coreheap.corefile.foreign import foreign_file, refuse_sections_alone
 from coreheap.errors import InputNotUsable, UnsupportedCore
 from coreheap.evidence import Gap
 
@@ -48,7 +49,20 @@ _BIG_ENDIAN_MACHINES: Final[dict[tuple[int, int], str]] = {
     (183, 64): "aarch64",
     (15, 32): "hppa",
 }
-_OTHER_SYSTEMS: Final[dict[int, str]] = {2: "NetBSD", 6: "Solaris", 9: "FreeBSD", 12: "OpenBSD"}
+_OTHER_SYSTEMS: Final[dict[int, str]] = {
+    1: "HP-UX",
+    2: "NetBSD",
+    4: "the Hurd",
+    6: "Solaris",
+    7: "AIX",
+    8: "IRIX",
+    9: "FreeBSD",
+    10: "Tru64",
+    12: "OpenBSD",
+    13: "OpenVMS",
+    17: "CloudABI",
+}
+"""EI_OSABI of systems that are not Linux."""
 _EXPECTED: Final = f"a little-endian Linux core of {', '.join(MACHINES.values())}"
 _KNOWN_MACHINES: Final = "coreheap knows only the machines named here; analyse such a core with its own system's gdb"
 _MAKE_A_CORE = (
@@ -100,6 +114,7 @@ def read_image(data: Bytes, where: str) -> CoreImage:
         )
     segments = elf.program_headers_of(data, header, min(count, SEGMENT_LIMIT))
     if len(segments) == 0:
+        refuse_sections_alone(header, where)
         raise InputNotUsable(
             "the core has no program headers to read",
             where=where,
@@ -137,12 +152,13 @@ def core_header(data: Bytes, where: str) -> ElfHeader:
     """The header of a core, of which ``data`` is the beginning. Raises InputNotUsable for what is no core."""
     head = data[:64].tobytes()
     if head[:4] != elf.ELF_MAGIC:
+        dump = foreign_file(data)
         raise InputNotUsable(
             "this is not an ELF core",
             where=where,
             expected="the magic bytes 7f 45 4c 46 (ELF)",
-            found=head[:8].hex(" ") or "an empty file",
-            next_step=_MAKE_A_CORE,
+            found=dump.what if dump else head[:8].hex(" ") or "an empty file",
+            next_step=dump.next_step if dump else _MAKE_A_CORE,
         )
     if len(head) > 19 and head[5] == 2:
         bits = {1: 32, 2: 64}.get(head[4], 0)

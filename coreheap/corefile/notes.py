@@ -28,6 +28,8 @@ NOTE_LIMIT: Final = 1 << 20
 """Notes read at most; a core with 10,000 threads has about 60,000."""
 DESCRIPTOR_LIMIT: Final = 1 << 16
 """Bytes read of a descriptor unless more is asked for."""
+DAMAGED_NOTES: Final = frozenset(("notes_truncated", "notes_damaged", "notes_too_many"))
+"""Causes of the gaps of notes that could not be read to their end."""
 _NOTE = struct.Struct("<III")
 _OWNERS_OF_LINUX: Final = (b"CORE", b"LINUX")
 

@@ -93,7 +93,7 @@ class TestRegions:
         assert len(rows(opened(builder, tmp_path))) == 1
 
     def test_addresses_do_not_wrap(self, tmp_path: Path) -> None:
-        builder = CoreBuilder().add_segment((1 << 64) - PAGE, b"x" * PAGE, 1 << 63)
+        builder = CoreBuilder().add_segment(0x10000, b"a" * PAGE).add_segment((1 << 64) - PAGE, b"x" * PAGE, 1 << 63)
         core = opened(builder, tmp_path)
         assert "segment_wraps" in causes(core)
         assert core.memory.read((1 << 64) - PAGE, 10) == b"x" * 10
@@ -170,6 +170,7 @@ class TestRegions:
             np.full(count, 6, np.uint32),
             columns[3],
             columns[0],
+            np.zeros(count, np.uint64),
             columns[2],
             columns[1],
             np.ones(count, np.uint64),

@@ -534,3 +534,23 @@ def _support(case: Case, target: Target) -> tuple[str, ...]:
 
 # By "TARGET/CASE".
 MATRIX: Mapping[str, Case] = {case.name: case for case in _matrix_cases()}
+
+
+def _alone_cases() -> Iterator[Case]:
+    """Programs without the recorder, which would allocate first: blocks like a tcache in size, of its neighbours' size, of pages."""
+    for name, arguments in (
+        ("aligned_only", ("50", "64", "100")),
+        ("aligned_only@tcache_sized", ("50", "64", "640")),
+        ("aligned_only@tcache_sized_32", ("50", "32", "384")),
+        ("aligned_only@pages", ("40", "4096", "5000")),
+        ("aligned_only@mmapped", ("3", "65536", "300000")),
+        ("aligned_only@one", ("1", "64", "24")),
+    ):
+        case = Case(name, "aligned_only", arguments, log_bytes=0, support=())
+        yield case
+        for target in MATRIX_TARGETS.values():
+            yield replace(case, name=f"{target.name}/{name}", target=target)
+
+
+ALONE: Mapping[str, Case] = {case.name: case for case in _alone_cases()}
+"""By name; those of the matrix by "TARGET/NAME"."""

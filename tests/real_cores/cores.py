@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.real_cores import truth
-from tests.real_cores.cases import CASES, MATRIX, Case
+from tests.real_cores.cases import ALONE, CASES, MATRIX, Case
 from tests.real_cores.damage_cases import DAMAGE
 from tests.real_cores.targets import CannotMake as CannotMake
 from tests.real_cores.targets import TargetFiles, build_files_of, files_of, locked
@@ -69,7 +69,7 @@ def default_directory() -> Path:
 
 def case_named(name: str) -> Case:
     """A case of any of the tables. Raises KeyError."""
-    return CASES.get(name) or DAMAGE.get(name) or MATRIX[name]
+    return CASES.get(name) or DAMAGE.get(name) or ALONE.get(name) or MATRIX[name]
 
 
 def core_for(name: str, directory: Path | None = None) -> CorePaths:

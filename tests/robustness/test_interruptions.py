@@ -24,7 +24,7 @@ def ended(
     """A child that runs a program after ``sys.argv`` is that of an analysis into a folder."""
     arguments = ["coreheap", "analyze", str(CORE), "--json", "-o", str(folder / "report.json")]
     return subprocess.run(
-        [sys.executable, "-c", f"import sys\nsys.argv = {arguments!r}\n{program}"],
+        [sys.executable, "-P", "-c", f"import sys\nsys.argv = {arguments!r}\n{program}"],
         capture_output=True,
         text=True,
         timeout=120,

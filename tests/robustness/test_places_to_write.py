@@ -48,7 +48,7 @@ def run(*arguments: str, file_limit: int | None = None, **environment: str) -> s
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
     return subprocess.run(
-        [sys.executable, "-m", "coreheap", *arguments],
+        [sys.executable, "-P", "-m", "coreheap", *arguments],
         capture_output=True,
         text=True,
         timeout=120,
@@ -128,7 +128,7 @@ def test_standard_output_without_room(tmp_path: Path, words: list[str]) -> None:
     words = [str(core) if word == "CORE" else word for word in words]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "coreheap", *words],
+            [sys.executable, "-P", "-m", "coreheap", *words],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -163,7 +163,9 @@ def limited(where):
 core._open_regular_file = limited
 sys.exit(main(["analyze", {str(core)!r}]))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
     message = one_error(done, 75)
     assert f"lacks {lacking}" in message
 

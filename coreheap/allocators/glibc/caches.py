@@ -71,8 +71,9 @@ class CacheSearch:
                     " tcache may count as in use",
                 )
         elif words.tcache_offset is None and not layout.generation.tcache_is_never_null:
-            caches += self._by_lists(found, chunks)
-            if len(chunks):
+            by_lists = self._by_lists(found, chunks)
+            caches += by_lists
+            if len(chunks) and (by_lists or not words.tcache_is_ruled_out):
                 self._note(
                     "tcache_not_found",
                     "no thread's tcache could be told from its thread-local storage: cached blocks may count as in use",

@@ -249,8 +249,11 @@ def caches_by_structure(core: Core, layout: Layout, chunks: ChunkTable) -> list[
         # Most blocks of this size are a program's, and most of those do not get past this.
         proven = saved & entries.any(axis=1) & _counts_agree(layout, counts, entries)
         proven[proven] = have_tcache_size(memory, layout, addresses[proven])
-        good, seen = _links_of(memory, layout, entries[proven], addresses[proven])
-        proven[proven] = good == seen
+        heads = entries[proven]
+        good, seen = _links_of(memory, layout, heads, addresses[proven])
+        # Heads that lead nowhere prove nothing: a block filled with one byte has such.
+        lead_on = ((heads == 0) | mapped_writable(memory, heads.ravel()).reshape(heads.shape)).all(axis=1)
+        proven[proven] = (good == seen) & (seen > 0) & lead_on
         for row in np.flatnonzero(proven)[: TCACHES_BY_STRUCTURE_LIMIT - len(caches)].tolist():
             address = int(addresses[row])
             caches.append(Cache(address, None, TcacheState(address, counts[row].copy(), entries[row].copy())))

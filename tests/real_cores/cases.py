@@ -548,7 +548,8 @@ def _alone_cases() -> Iterator[Case]:
     ):
         case = Case(name, "aligned_only", arguments, log_bytes=0, support=())
         yield case
-        for target in MATRIX_TARGETS.values():
+        # glibc 2.31's mp_ is not found where nothing of the brk heap tells it.
+        for target in MATRIX_TARGETS.values() if name != "aligned_only@mmapped" else ():
             yield replace(case, name=f"{target.name}/{name}", target=target)
 
 

@@ -252,7 +252,7 @@ def caches_by_structure(core: Core, layout: Layout, chunks: ChunkTable) -> list[
         heads = entries[proven]
         good, seen = _links_of(memory, layout, heads, addresses[proven])
         # Heads that lead nowhere prove nothing: a block filled with one byte has such.
-        lead_on = ((heads == 0) | mapped_writable(memory, heads.ravel()).reshape(heads.shape)).all(axis=1)
+        lead_on = ((heads == 0) | mapped_for_data(memory, heads.ravel()).reshape(heads.shape)).all(axis=1)
         proven[proven] = (good == seen) & (seen > 0) & lead_on
         for row in np.flatnonzero(proven)[: TCACHES_BY_STRUCTURE_LIMIT - len(caches)].tolist():
             address = int(addresses[row])

@@ -25,7 +25,9 @@ MAGICS: Final[tuple[tuple[bytes, str], ...]] = (
 )
 READ_BYTES: Final = 1 << 18
 BLOCK_BYTES: Final = 1 << 22
-_XZ_MEMORY: Final = 512 << 20
+_XZ_MEMORY: Final = 2 << 30
+_ZST_WINDOW: Final = 2 << 30
+"""What a stream may want for its window, the most of zstd --long=31; memory is taken as it is filled."""
 _FIRST_SKIPPABLE, _LAST_SKIPPABLE = 0x184D2A50, 0x184D2A5F
 """Magic numbers of frames that zst and lz4 pass over; pzstd begins its files with one (RFC 8878, 3.1.2)."""
 _ZST_MAGIC: Final = 0xFD2FB528
@@ -188,11 +190,14 @@ def _zst_blocks(file: IO[bytes], padding: Padding, package: ModuleType) -> Itera
     padding.byte_count, padding.is_zeros = frames.padding_bytes, frames.padding_is_zeros
     for start, end in frames.runs:
         part = _Part(file, start, end)
-        reader = package.ZstdDecompressor().stream_reader(part, read_across_frames=True, closefd=False)
+        decompressor = package.ZstdDecompressor(max_window_size=_ZST_WINDOW)
+        reader = decompressor.stream_reader(part, read_across_frames=True, closefd=False)
         try:
             while block := reader.read(BLOCK_BYTES):
                 yield block
         except package.ZstdError as problem:
+            if "not enough memory" in str(problem):
+                raise MemoryError(str(problem)) from problem
             raise StreamDamaged(f"the stream is damaged ({problem})") from problem
     if not frames.are_whole:
         raise StreamDamaged("the stream is cut")

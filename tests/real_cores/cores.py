@@ -171,9 +171,13 @@ def _compile(case: Case, cc: str, libc: TargetFiles | None, executable: Path) ->
 def _run_compiler(case: Case, command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        hint = f" (apt-get install {' '.join(case.target.debian_packages)})"
-        missing = hint if "No such file" in result.stderr or "cannot find" in result.stderr else ""
-        raise CannotMake(f"{' '.join(command)} failed{missing}:\n{result.stderr}")
+        # gcc without g++ has neither a compiler of C++ nor its library.
+        packages = (
+            ("g++",) if any(word.endswith((".cc", "-lstdc++")) for word in command) else case.target.debian_packages
+        )
+        if any(words in result.stderr for words in ("No such file", "cannot find", "cannot execute")):
+            raise CannotMake(f"{case.program} cannot be built: apt-get install {' '.join(packages)}")
+        raise CannotMake(f"{' '.join(command)} failed:\n{result.stderr}")
 
 
 def _libc_of(cc: str) -> bytes:

@@ -371,3 +371,35 @@ def test_plain_cores_import_no_compression_package() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_window_of_2_gib_is_read(tmp_path: Path) -> None:
+    """zstd --long=31; the window is as large as it says, however little is in it."""
+    package = pytest.importorskip("zstandard")
+    raw = built()
+    parameters = package.ZstdCompressionParameters(window_log=31, write_content_size=False)
+    packer = package.ZstdCompressor(compression_params=parameters).compressobj()
+    path = tmp_path / "core"
+    path.write_bytes(packer.compress(raw) + packer.flush())
+    assert package.get_frame_parameters(path.read_bytes()).window_size == 2 << 30
+    assert "compressed_stream_damaged" not in causes_of(path, raw)
+
+
+def test_no_memory_for_the_window_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = pytest.importorskip("zstandard")
+    path = tmp_path / "core"
+    path.write_bytes(_zst(built()))
+
+    class Decompressor:
+        def __init__(self, **_: int) -> None:
+            pass
+
+        def stream_reader(self, *_: object, **__: object) -> Decompressor:
+            return self
+
+        def read(self, _: int) -> bytes:
+            raise package.ZstdError("zstd decompress error: Allocation error : not enough memory")
+
+    monkeypatch.setattr(package, "ZstdDecompressor", Decompressor)
+    with pytest.raises(MemoryError):
+        open_core(path)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from coreheap.cli.application import main
+from coreheap.cli import main
 from coreheap.corefile import open_core
 from coreheap.errors import UnsupportedCore
 

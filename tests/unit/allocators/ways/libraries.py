@@ -21,9 +21,6 @@ from tests.real_cores import cores, targets
 NATIVE = "native"
 NAMES = (NATIVE, *targets.MATRIX_TARGETS)
 GLOBALS = ("main_arena", "mp_", "tcache", "thread_arena")
-REMEDY = (
-    "CI=true downloads Debian's packages into the cache of tests/real_cores; or run scripts/make_cores for the matrix"
-)
 
 # Link-time addresses and TLS offsets as facts/glibc-malloc.md has them, section 7.2, by build-id.
 KNOWN = {
@@ -74,7 +71,9 @@ def library(name: str) -> Library:
         machine = target.machine
         directory = cores.default_directory()
         if os.environ.get("CI") != "true" and not (directory / "packages" / name / "unpacked").exists():
-            pytest.skip(f"no libc6 and libc6-dbg of {name}; to run this test: {REMEDY}")
+            pytest.skip(
+                f"no libc6 and libc6-dbg of {name}; to run this test: scripts/make_cores --matrix --target {name}"
+            )
         try:
             files = targets.files_of(target, directory)
         except targets.CannotMake as problem:

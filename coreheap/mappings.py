@@ -36,6 +36,8 @@ class MappingKind(Enum):
     """A stack of sigaltstack's."""
     ENDED_STACK = "ended_stack"
     """A stack that glibc keeps of a thread that has ended."""
+    UNJOINED_STACK = "unjoined_stack"
+    """The stack of a thread that has ended and that nobody joined or detached so far."""
     TLS = "tls"
     """Thread-local storage and thread descriptor."""
     MODULE_TEXT = "module_text"

@@ -29,6 +29,7 @@ TOPICS: Final = {
         MappingKind.THREAD_STACK,
         MappingKind.SIGNAL_STACK,
         MappingKind.ENDED_STACK,
+        MappingKind.UNJOINED_STACK,
         MappingKind.TLS,
     ),
     "module_data": (MappingKind.MODULE_DATA, MappingKind.MODULE_BSS),
@@ -43,6 +44,8 @@ TOPICS: Final = {
     "written_files": (MappingKind.MAPPED_FILE,),
 }
 """The parts that mappings make up by themselves."""
+UNJOINED: Final = (MappingKind.UNJOINED_STACK,)
+"""A part of its own where a finding says that they matter."""
 WRITABLE_PRIVATE: Final = (
     *(kind for kinds in TOPICS.values() for kind in kinds),
     *(MappingKind.UNEXPLAINED, MappingKind.MAIN_ARENA, MappingKind.ARENA_HEAP, MappingKind.MMAPPED_CHUNK),
@@ -110,7 +113,12 @@ def memory_verdict(
     parts["written_files"] = _written_files(mappings, of_map)
     # What lies between the arena's pieces is where no chunk was found: what speaks against the walk speaks against it.
     parts["foreign_sbrk"] = _mapped(mappings, TOPICS["foreign_sbrk"], of_chunks)
-    parts["thread_stacks"] = _mapped(mappings, TOPICS["thread_stacks"], (*of_map, *thread_doubts(gaps)))
+    of_threads = (*of_map, *thread_doubts(gaps))
+    of_stacks: Collection[MappingKind] = TOPICS["thread_stacks"]
+    if any(finding.code == "UNJOINED-THREADS" for finding in findings):
+        of_stacks = [kind for kind in of_stacks if kind not in UNJOINED]
+        parts["unjoined_threads"] = _mapped(mappings, UNJOINED, of_threads)
+    parts["thread_stacks"] = _mapped(mappings, of_stacks, of_threads)
     parts[elsewhere] = _joined(
         parts.get(elsewhere), _mapped(mappings, (MappingKind.UNEXPLAINED,), (*of_chunks, *thread_doubts(gaps)))
     )
@@ -157,7 +165,11 @@ def _in_order(parts: Mapping[str, _Part]) -> dict[str, _Part]:
 
     def weight(one: tuple[str, _Part]) -> tuple[int, int, int]:
         topic, part = one
-        return part.surely if is_known or topic == "thread_stacks" else part.perhaps, part.perhaps, part.byte_count
+        return (
+            part.surely if is_known or topic in ("thread_stacks", "unjoined_threads") else part.perhaps,
+            part.perhaps,
+            part.byte_count,
+        )
 
     order = sorted(used, key=weight, reverse=True)
     if order and order[0][1].resident is not None:

@@ -57,6 +57,7 @@ NODES: tuple[tuple[str, tuple[MappingKind, ...]], ...] = (
             MappingKind.STACK_GUARD,
             MappingKind.SIGNAL_STACK,
             MappingKind.ENDED_STACK,
+            MappingKind.UNJOINED_STACK,
             MappingKind.TLS,
         ),
     ),

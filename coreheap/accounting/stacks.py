@@ -16,7 +16,7 @@ from coreheap.corefile.bss import module_bss
 from coreheap.corefile.kinds import EXECUTE, READ, WRITE
 from coreheap.corefile.regions import left_of, without_overlap
 from coreheap.corefile.stacks import LARGEST_SUPPOSED_STACK_BYTES, Stack, Stacks, StackSource, find_stacks
-from coreheap.corefile.thread_stacks import ended_stacks
+from coreheap.corefile.thread_lists import ended_stacks, listed_stacks
 from coreheap.corefile.thread_storage import thread_storages
 from coreheap.mappings import MappingKind
 
@@ -94,8 +94,9 @@ def _by_stack_pointer(core: Core, stacks: Stacks) -> Ranges:
 
 
 def _claim_ended(core: Core, claims: Claims, stacks: Stacks) -> None:
-    """Stacks that glibc keeps of threads that have ended, in writable memory that nobody has claimed."""
-    if not stacks.descriptors:
+    """Stacks of threads that have ended, in writable memory that nobody has claimed: joined and kept by glibc, or not joined."""
+    listed = listed_stacks(core)
+    if not stacks.descriptors and listed is None:
         return
     memory = core.memory
     is_candidate = (memory.region_flags & (READ | WRITE | EXECUTE) == READ | WRITE) & (memory.region_file_index < 0)
@@ -113,4 +114,6 @@ def _claim_ended(core: Core, claims: Claims, stacks: Stacks) -> None:
     ended = list(ended_stacks(core, stacks.descriptors.values(), start, end))
     guards = [(stack.start, stack.start + stack.guard_bytes, NOBODY) for stack in ended]
     _claim(claims, MappingKind.STACK_GUARD, guards)
-    _claim(claims, MappingKind.ENDED_STACK, [(stack.start, stack.end, NOBODY) for stack in ended])
+    unjoined = {stack.start for stack in listed.unjoined} if listed is not None else set()
+    for kind, is_unjoined in ((MappingKind.UNJOINED_STACK, True), (MappingKind.ENDED_STACK, False)):
+        _claim(claims, kind, [(one.start, one.end, NOBODY) for one in ended if (one.start in unjoined) is is_unjoined])

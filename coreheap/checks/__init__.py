@@ -17,6 +17,7 @@ from coreheap.checks import (
     stack_memory,
     tcache_hoard,
     threshold_ratchet,
+    unjoined_threads,
 )
 from coreheap.checks.protocol import Case, Check
 
@@ -33,6 +34,7 @@ CHECKS = (
     Check("tcache hoard", tcache_hoard.findings),
     Check("threshold ratchet", threshold_ratchet.findings),
     Check("stack memory", stack_memory.findings),
+    Check("unjoined threads", unjoined_threads.findings),
     Check("leaks", leaks.findings),
     Check("accumulation", accumulation.findings),
 )

@@ -113,7 +113,9 @@ def _sums(threads: Sequence[ThreadSummary], mappings: MappingTable | None) -> _S
     pages = [thread.stack_resident_bytes for thread in threads if thread.stack_resident_bytes is not None]
     if mappings is None or mappings.basis is ResidencyBasis.UNKNOWN:
         return _Sums(reserved, sum(pages) if pages else None, None, None, None)
-    ended = mappings.kind == KINDS.index(MappingKind.ENDED_STACK)
+    ended = np.isin(
+        mappings.kind, [KINDS.index(kind) for kind in (MappingKind.ENDED_STACK, MappingKind.UNJOINED_STACK)]
+    )
     writable = (mappings.flags & 2) != 0
     ended_resident = int(mappings.resident_low[ended].sum())
     return _Sums(

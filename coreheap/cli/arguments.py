@@ -84,6 +84,7 @@ MAPPING_KINDS = (
     "stack_guard",
     "signal_stack",
     "ended_stack",
+    "unjoined_stack",
     "tls",
     "module_text",
     "module_rodata",

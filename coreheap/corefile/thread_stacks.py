@@ -105,7 +105,7 @@ def stacks_of_threads(core: Core, interrupted: Mapping[int, Sequence[int]] | Non
             # Two threads have no stack in common: neither descriptor is believed.
             found.pop(stack.thread or 0, None)
             found.pop(following.thread or 0, None)
-    return _with_start_routines(core.memory, found)
+    return with_start_routines(core.memory, found)
 
 
 def _stacks_behind_pointers(core: Core, distance: int) -> dict[int, ThreadStack]:
@@ -125,8 +125,8 @@ def _stacks_behind_pointers(core: Core, distance: int) -> dict[int, ThreadStack]
     return found
 
 
-def ended_stacks(core: Core, running: Iterable[ThreadStack], start: UInt64s, end: UInt64s) -> Iterator[ThreadStack]:
-    """Stacks in ranges of memory (sorted, without overlap) whose thread does not run any more.
+def scanned_stacks(core: Core, running: Iterable[ThreadStack], start: UInt64s, end: UInt64s) -> Iterator[ThreadStack]:
+    """Stacks in ranges of memory (sorted, without overlap) whose thread does not run any more, by the look of each page.
 
     glibc puts every descriptor at the same distance from the end of its block, and blocks consist of whole pages.
     """
@@ -139,7 +139,7 @@ def ended_stacks(core: Core, running: Iterable[ThreadStack], start: UInt64s, end
     large = end - start >= np.uint64(LEAST_STACK_BYTES)
     for distance in distances:
         for place in _places_in_pages(core, start[large], end[large], distance):
-            stack = _stack_at(core.memory, place)
+            stack = stack_at(core.memory, place)
             if stack is not None and stack.end == place + distance and place not in in_use:
                 yield stack
 
@@ -152,7 +152,7 @@ def _distance_from_thread_pointer(core: Core) -> int | None:
         pointer = thread.thread_pointer
         if not pointer:
             continue
-        low, words = _descriptor_words(memory, pointer, TLS_BELOW_THREAD_POINTER[core.machine])
+        low, words = descriptor_words(memory, pointer, TLS_BELOW_THREAD_POINTER[core.machine])
         for place in range(len(words) - 2):
             at = low + place * word
             stack = _stack(memory, at, *words[place : place + 3].tolist())
@@ -161,7 +161,7 @@ def _distance_from_thread_pointer(core: Core) -> int | None:
     return votes.most_common(1)[0][0] if votes else None
 
 
-def _descriptor_words(memory: AddressSpace, pointer: int, is_above: bool) -> tuple[int, UInt64s]:
+def descriptor_words(memory: AddressSpace, pointer: int, is_above: bool) -> tuple[int, UInt64s]:
     """Where a thread's descriptor begins at the earliest, and the words from there on that may be it.
 
     Its stack may begin or end, and with it what is saved, before DESCRIPTOR_BYTES do.
@@ -240,7 +240,7 @@ class _DescriptorSearch:
         start = max(low, int(core.memory.region_start[region]))
         places = _places_in_pages(core, np.array([start], np.uint64), np.array([end], np.uint64), distance)
         for place in places:
-            stack = _stack_at(core.memory, place)
+            stack = stack_at(core.memory, place)
             # What looks like a descriptor and is none takes as long as many pages.
             self._pages_left -= PAGES_OF_A_PLACE
             if stack is not None and stack.end == place + distance and stack.start <= pointer and place >= pointer:
@@ -252,7 +252,7 @@ class _DescriptorSearch:
         return None
 
 
-def _stack_at(memory: AddressSpace, place: int) -> ThreadStack | None:
+def stack_at(memory: AddressSpace, place: int) -> ThreadStack | None:
     """The stack that a descriptor tells whose stackblock would be at ``place``; None where there is none."""
     try:
         return _stack(memory, place, *memory.read_words(place, 3).tolist())
@@ -276,7 +276,7 @@ def _stack(memory: AddressSpace, place: int, start: int, size: int, guard: int) 
     return ThreadStack(None, start, end, guard, place) if start + guard >= low - GUARD_LIMIT else None
 
 
-def _with_start_routines(memory: AddressSpace, stacks: dict[int, ThreadStack]) -> dict[int, ThreadStack]:
+def with_start_routines(memory: AddressSpace, stacks: dict[int, ThreadStack]) -> dict[int, ThreadStack]:
     """The same stacks with the functions that their threads began with, where the descriptors tell.
 
     Between arg and stackblock a descriptor has what events, exceptions and cancellation need: zeros in a thread that has

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from coreheap.corefile import AddressSpace, Core
 from coreheap.corefile.kinds import RegionLabel
-from coreheap.corefile.thread_stacks import DESCRIPTOR_BYTES, TLS_BELOW_THREAD_POINTER, ThreadStack, ended_stacks
+from coreheap.corefile.thread_lists import ended_stacks
+from coreheap.corefile.thread_stacks import DESCRIPTOR_BYTES, TLS_BELOW_THREAD_POINTER, ThreadStack
 from coreheap.corefile.thread_storage import ThreadStorage
 from coreheap.errors import MemoryFault
 from coreheap.leaks import RootKind

@@ -20,6 +20,7 @@ LEADS = {
     "arena_bloat": "are free in arenas beside the main one: not a leak, but many arenas that each keep what they freed",
     "mmapped_chunks": "are large live blocks, each in a mapping of its own",
     "thread_stacks": "are thread stacks, not malloc's",
+    "unjoined_threads": "are stacks of threads that have ended and that nobody joined or detached",
     "module_data": "are variables of the program and its libraries, not malloc's",
     "java": "are the Java virtual machine's own, not malloc's",
     "other_allocator": "belong to another allocator: glibc's numbers are not the whole",

@@ -78,6 +78,7 @@ _VERDICTS = {
     "other_allocator": "outside glibc's heap: the other allocator's place",
     "java": "the Java VM's: heap, code, classes, its collector's tables",
     "thread_stacks": "thread stacks",
+    "unjoined_threads": "stacks of ended threads that nobody joined",
     "module_data": "variables of the program and its libraries",
     "written_files": "mapped files that the core holds: written pages are copies",
     "shared_memory": "shared memory: memfd, shm, System V, anonymous",
@@ -193,6 +194,14 @@ def _stack_memory(shown: _Shown) -> str:
         f"{shown['resident_bytes']} ({shown['resident_share']}) of writable memory are stacks of {shown['threads']} threads, "
         f"{shown['reserved_bytes']} of address space; the deepest, of thread {shown['deepest_thread']}, uses "
         f"{shown['deepest_used_bytes']}."
+    )
+
+
+def _unjoined_threads(shown: _Shown) -> str:
+    return (
+        f"{shown['threads']} threads{shown.if_known(' that began in ', 'start_routine')} have ended and nobody joined or detached"
+        f" them: their stacks keep {shown['stack_bytes']} of address space"
+        f"{shown.if_known(', of which ', 'resident_bytes', ' were in memory')}."
     )
 
 
@@ -335,6 +344,7 @@ _FINDINGS: dict[str, Callable[[_Shown], str]] = {
     "TCACHE-HOARD": _tcache_hoard,
     "THRESHOLD-RATCHET": _threshold_ratchet,
     "STACK-MEMORY": _stack_memory,
+    "UNJOINED-THREADS": _unjoined_threads,
     "PARTIAL-CORE": _partial_core,
     "ALLOCATOR-ABORT": _allocator_abort,
     "OTHER-ALLOCATOR": _other_allocator,

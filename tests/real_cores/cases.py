@@ -165,6 +165,7 @@ def _arena_cases() -> Iterator[Case]:
     few = ("shallow=3", "deep=2", "depth=1536", "stack=2048", "gone=3", "seed=195")
     yield stacks.variant("gcore", arguments=few, made_by="gcore")
     yield stacks.variant("static_pie", arguments=few, linking=STATIC_PIE)
+    yield from _unjoined_cases()
     # Each core of these is from a process that looked what malloc_trim(0) gave back of the same heap.
     yield Case("trim", "trim", ("threads=3", "blocks=2000", "seed=201"))
     yield Case("trim@before", "trim", ("threads=2", "blocks=2000", "before=1", "seed=202"))
@@ -187,6 +188,24 @@ def _arena_cases() -> Iterator[Case]:
         yield Case(f"graph_{shape}", "graph_heap", arguments, log_bytes=0, slow=True)
     giant = ("shape=one", "chunks=60000000", "threads=4", "seed=134")
     yield Case("graph_one_giant", "graph_heap", giant, log_bytes=0, slow=True)
+
+
+def _unjoined_cases() -> Iterator[Case]:
+    """Threads that ended: 60 stacks of 8 MiB where nobody joins them, and what looks nearly the same."""
+    few = {"MALLOC_ARENA_MAX": "1"}
+    unjoined = Case("unjoined", "unjoined", ("how=lost", "seed=221"), environment=few)
+    yield unjoined
+    yield unjoined.variant("live", arguments=("how=lost", "live=2", "seed=222"))
+    yield unjoined.variant("small_stacks", arguments=("how=lost", "threads=400", "stack=256", "live=1", "seed=223"))
+    yield unjoined.variant("kept", arguments=("how=kept", "seed=224"))
+    yield unjoined.variant("many_kept", arguments=("how=kept", "threads=120", "stack=1024", "seed=225"))
+    yield unjoined.variant("static_pie", arguments=("how=lost", "seed=226"), linking=STATIC_PIE)
+    # Nothing to say of these.
+    yield unjoined.variant("four", arguments=("how=lost", "threads=4", "seed=227"))
+    yield unjoined.variant("joining", arguments=("how=joining", "live=1", "seed=228"))
+    yield unjoined.variant("joined", arguments=("how=joined", "seed=229"))
+    yield unjoined.variant("detached", arguments=("how=detached", "live=1", "seed=230"))
+    yield unjoined.variant("fork", arguments=("how=lost", "live=2", "fork=1", "seed=231"))
 
 
 def _threshold_cases() -> Iterator[Case]:
@@ -400,6 +419,18 @@ MATRIX_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "stacks": ("shallow=3", "deep=2", "depth=1536", "stack=2048", "gone=3", "seed=194"),
     "stacks@gcore": ("shallow=3", "deep=2", "depth=1536", "stack=2048", "gone=3", "seed=195"),
     "stacks@static_pie": ("shallow=3", "deep=2", "depth=1536", "stack=2048", "gone=3", "seed=195"),
+    **{
+        name: (f"how={how}", *more, "seed=221")
+        for name, how, *more in (
+            ("unjoined", "lost"),
+            ("unjoined@live", "lost", "live=2"),
+            ("unjoined@kept", "kept"),
+            ("unjoined@static_pie", "lost"),
+            ("unjoined@joined", "joined"),
+            ("unjoined@detached", "detached", "live=1"),
+            ("unjoined@fork", "lost", "live=2", "fork=1"),
+        )
+    },
     "ratchet@given": ("ratchet=400000", "blocks=60", "n_mmaps_max=70", "seed=192"),
     "trim": ("threads=2", "blocks=800", "seed=201"),
     "trim@before": ("threads=1", "blocks=800", "before=1", "seed=202"),
@@ -459,6 +490,11 @@ EXCLUSIONS = (
     Exclusion("graph_*", "*", "for measurements alone, 1 GB and more each"),
     Exclusion("ratchet@late", "*", "on 32-bit no threshold grows that far; nothing of it differs by release"),
     Exclusion("trim*", "*-arm64", "qemu-user does not tell which pages of the program are in memory"),
+    Exclusion("unjoined*", "*-arm64", "qemu-user's cores tell no thread pointers, and so none of the library's lists"),
+    Exclusion("unjoined@small_stacks", "*", "the same as unjoined, of other sizes"),
+    Exclusion("unjoined@many_kept", "*", "the same as unjoined@kept, of another number"),
+    Exclusion("unjoined@four", "*", "the same as unjoined, of another number"),
+    Exclusion("unjoined@joining", "*", "about registers of a system call: nothing differs by release"),
     Exclusion("retitled", "*", "about the kernel's stack: nothing differs by release"),
     Exclusion("interrupted_*", "*", "about the kernel's signal frames: nothing differs by release"),
     Exclusion("io_workers", "*", "about the kernel's own threads: nothing differs by release"),

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coreheap.corefile import Core, Module
+from coreheap.corefile.gathering import rows_at
 from coreheap.corefile.kinds import WRITE
 from coreheap.corefile.regions import LAST_ADDRESS, left_of, row_holding, without_overlap
 
@@ -114,20 +115,7 @@ class AnonymousMemory:
 
     def rows_at(self, addresses: UInt64s, count: int) -> tuple[UInt64s, Bools]:
         """``count`` words at each of many addresses, uint64[addresses, count], and which of them were saved whole."""
-        memory, size = self.memory, count * self.word_bytes
-        rows = np.zeros((len(addresses), count), np.uint64)
-        saved = np.zeros(len(addresses), bool)
-        if not len(memory.run_start) or not len(addresses):
-            return rows, saved
-        run = np.searchsorted(memory.run_start, addresses, side="right").astype(np.int64) - 1
-        known = run >= 0
-        run = np.maximum(run, 0)
-        room = memory.run_end[run] - np.minimum(addresses, memory.run_end[run])
-        saved = known & (room >= np.uint64(size))
-        offset = (addresses[saved] - memory.run_start[run[saved]] + memory.run_file_offset[run[saved]]).astype(np.int64)
-        raw = memory.file[offset[:, None] + np.arange(size)]
-        rows[saved] = np.ascontiguousarray(raw).view(self._word_kind).astype(np.uint64)
-        return rows, saved
+        return rows_at(self.memory, addresses, count)
 
     def union(self, start: UInt64s, end: UInt64s) -> tuple[UInt64s, UInt64s]:
         """The ranges joined where they touch or overlap, sorted."""

@@ -56,6 +56,8 @@ class MappingKind(Enum):
     """The collector's own tables: cards, mark bitmaps, remembered sets."""
     OTHER_ALLOCATOR = "other_allocator"
     """Memory that looks like another allocator's; the owner says whose."""
+    TOOL_MEMORY = "tool_memory"
+    """Shadow memory and reserves of a tool that watches the program (a sanitizer); the owner says whose."""
     NO_ACCESS = "no_access"
     """Reserved address space that nothing above explains."""
     UNEXPLAINED = "unexplained"

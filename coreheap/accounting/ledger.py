@@ -71,6 +71,7 @@ NODES: tuple[tuple[str, tuple[MappingKind, ...]], ...] = (
         ),
     ),
     ("other_allocators", (MappingKind.OTHER_ALLOCATOR,)),
+    ("tool_memory", (MappingKind.TOOL_MEMORY,)),
     ("no_access", (MappingKind.NO_ACCESS,)),
     ("other_anonymous", (MappingKind.UNEXPLAINED,)),
 )

@@ -6,6 +6,7 @@ import numpy as np
 
 from coreheap.accounting.other_allocators import OtherAllocator, other_allocators
 from coreheap.checks.protocol import Case
+from coreheap.corefile.kinds import WRITE
 from coreheap.evidence import Evidence, Strength, confidence_from
 from coreheap.heap import ChunkState
 from coreheap.mappings import KINDS, MappingKind
@@ -23,6 +24,8 @@ STATISTICS = {
     "mimalloc": "MIMALLOC_SHOW_STATS=1, or mi_stats_print()",
     "musl": "none: musl keeps no statistics; heaptrack and valgrind see its malloc",
     "Go": "runtime.ReadMemStats, GODEBUG=gctrace=1, or a heap profile (net/http/pprof)",
+    "AddressSanitizer": "ASAN_OPTIONS=atexit=1 at the process's end, or __asan_print_accumulated_stats()",
+    "valgrind": "valgrind --tool=massif, or its own summary at the end",
     "pymalloc": "sys._debugmallocstats(), or PYTHONMALLOC=malloc to give all objects to malloc; tracemalloc says who allocates",
 }
 """How each allocator is asked on a live process."""
@@ -71,7 +74,7 @@ def _finding(case: Case, allocator: OtherAllocator, in_use: int, unexplained: in
     elif not is_known and not allocator.replaces_malloc:
         evidence.append(_against("whether it was ever started is not known: not all of its memory can be looked at"))
     weakened_by = []
-    missing = case.core.memory.writable_bytes_not_saved()
+    missing = case.core.memory.writable_bytes_not_saved() - _of_tools_not_saved(case)
     if is_known and missing:
         weakened_by.append(
             f"{format_bytes(missing)} of writable memory are not in the core, and what they describe is not counted: its bytes"
@@ -111,6 +114,15 @@ def _finding(case: Case, allocator: OtherAllocator, in_use: int, unexplained: in
 
 def _against(statement: str) -> Evidence:
     return Evidence(statement, "anonymous memory", Strength.HINT, speaks_against=True)
+
+
+def _of_tools_not_saved(case: Case) -> int:
+    """Bytes of shadow memory and reserves that the core leaves out: they describe no allocator's blocks."""
+    table = case.mappings
+    if table is None:
+        return 0
+    rows = (table.kind == KINDS.index(MappingKind.TOOL_MEMORY)) & (table.flags & WRITE != 0)
+    return int((table.committed_bytes[rows] - np.minimum(table.saved_bytes[rows], table.committed_bytes[rows])).sum())
 
 
 def bytes_claimed(case: Case, allocator: OtherAllocator) -> int:

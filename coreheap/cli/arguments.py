@@ -98,6 +98,7 @@ MAPPING_KINDS = (
     "java_code_cache",
     "java_gc",
     "other_allocator",
+    "tool_memory",
     "no_access",
     "unexplained",
 )

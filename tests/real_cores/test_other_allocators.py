@@ -125,6 +125,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory, require_cores: None) -> Callab
         if name not in done:
             directory = tmp_path_factory.mktemp(name)
             environment = {"PATH": "/usr/bin:/bin"}
+            for tool in ("ASAN", "TSAN", "MSAN", "LSAN"):
+                # They turn cores off, which would be of terabytes with their shadow memory.
+                environment[f"{tool}_OPTIONS"] = "disable_coredump=0:use_madv_dontdump=1"
             if preload is not None:
                 if not (LIBRARIES / preload).exists():
                     skip_unless_ci(f"no {preload}: apt-get install {package}")
@@ -222,6 +225,108 @@ def test_musl(ran: Callable[..., Looked], how: str) -> None:
     assert looked.report.heap is None
 
 
+TOOLS = {
+    "address": "AddressSanitizer",
+    "thread": "ThreadSanitizer",
+    "leak": "LeakSanitizer",
+    "memory": "MemorySanitizer",
+}
+
+
+@pytest.mark.parametrize(
+    ("compiler", "what"),
+    [(compiler, what) for compiler in ("gcc", "clang") for what in TOOLS if (compiler, what) != ("gcc", "memory")],
+)
+def test_sanitizers(ran: Callable[..., Looked], compiler: str, what: str) -> None:
+    """Every block lies in the tool's memory, and its terabytes take no part in what the program may write."""
+    looked = ran(f"{compiler}_{what}", f"-fsanitize={what}", compiler=compiler, package="clang libclang-rt-14-dev")
+    finding, name = looked.finding(), TOOLS[what]
+    assert (finding.subject, finding.severity) == (name, Severity.WARNING)
+    assert finding.confidence.rank >= Confidence.STRONG.rank
+    assert looked.report.other_allocators == (name,)
+    assert len(looked.blocks) > 1000
+    assert len(looked.blocks_outside(name)) == 0
+    blocks = int(looked.blocks[:, 1].sum())
+    assert blocks < looked.bytes(name) < 3 * blocks + 64 * MIB
+    assert finding.quantity("allocator_bytes") == looked.bytes(name)
+    assert looked.only_anonymous(name)
+    table = looked.report.mappings
+    assert table is not None
+    assert table.bytes_of(MappingKind.TOOL_MEMORY) > 1 << 40
+    # Of the address space nothing but crumbs stays unexplained.
+    assert table.bytes_of(MappingKind.NO_ACCESS) < 1 << 32
+    assert table.bytes_of(MappingKind.UNEXPLAINED) < 64 * MIB
+    lead = looked.report.verdict[0]
+    assert lead.topic == "other_allocator"
+    assert lead.of_bytes < 1 << 30
+    assert lead.of_resident_high is not None
+    assert lead.of_resident_high < 256 * MIB
+
+
+def test_a_sanitizer_by_its_layout_alone(tmp_path: Path, require_cores: None) -> None:
+    """Linked into a program whose file is not at hand."""
+    try:
+        compiler = real_programs.tool("clang", "clang libclang-rt-14-dev")
+    except real_programs.CannotRun as problem:
+        skip_unless_ci(str(problem))
+    command = [
+        compiler,
+        "-O1",
+        "-pthread",
+        "-s",
+        "-fsanitize=address",
+        "-o",
+        "other_blocks",
+        SOURCES / "other_blocks.c",
+    ]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    environment = {"PATH": "/usr/bin:/bin", "ASAN_OPTIONS": "disable_coredump=0"}
+    run = ["prlimit", "--core=unlimited", "--", "./other_blocks", "record", "2", "500", "3"]
+    assert subprocess.run(run, cwd=tmp_path, env=environment, check=False).returncode == -signal.SIGABRT
+    (core,) = tmp_path.glob("core*")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other_blocks").unlink()
+    with coreheap.open(core, sysroot=tmp_path / "empty") as opened:
+        (found,) = other_allocators(opened)
+    assert (found.name, found.confidence) == ("AddressSanitizer", Confidence.STRONG)
+    assert MIB < found.bytes < 256 * MIB
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "drd", "massif", "cachegrind"])
+def test_cores_of_valgrind(tmp_path: Path, tool: str) -> None:
+    """valgrind writes the core of its client itself; all its tools but some that count serve malloc."""
+    (tmp_path / "client.c").write_text(VALGRIND_CLIENT)
+    try:
+        compiler, valgrind = real_programs.tool("gcc", "gcc"), real_programs.tool("valgrind", "valgrind")
+    except real_programs.CannotRun as problem:
+        skip_unless_ci(str(problem))
+    subprocess.run([compiler, "-O0", "-o", "client", "client.c"], cwd=tmp_path, check=True)
+    command = ["prlimit", "--core=unlimited", "--", valgrind, "-q", f"--tool={tool}", "./client"]
+    environment = {"PATH": "/usr/bin:/bin"}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, check=False, timeout=SECONDS, capture_output=True)
+    assert ended.returncode == -signal.SIGSEGV
+    (core,) = tmp_path.glob("vgcore.*")
+    with coreheap.open(core) as opened:
+        report = coreheap.analyze(opened, coreheap.AnalysisOptions(leaks=False))
+    in_use = report.totals[ChunkState.IN_USE].chunk_bytes
+    if tool == "cachegrind":
+        assert report.other_allocators == ()
+        assert in_use > 3000 * 1000
+        return
+    (finding,) = [finding for finding in report.findings if finding.code == "OTHER-ALLOCATOR"]
+    assert (finding.subject, finding.severity, finding.confidence) == (
+        "valgrind",
+        Severity.WARNING,
+        Confidence.CERTAIN,
+    )
+    blocks = 3000 * 1500 + 6_000_000
+    theirs = finding.quantity("allocator_bytes")
+    assert isinstance(theirs, int)
+    assert blocks <= theirs < blocks + 8 * MIB
+    assert in_use < MIB
+    assert report.verdict[0].topic == "other_allocator"
+
+
 def test_glibc_alone_is_no_other_allocator(ran: Callable[..., Looked]) -> None:
     looked = ran("glibc")
     assert [finding for finding in looked.report.findings if finding.code == "OTHER-ALLOCATOR"] == []
@@ -314,6 +419,19 @@ with open("maps", "w") as maps: maps.write(open("/proc/self/maps").read())
 os.abort()
 """
 
+
+VALGRIND_CLIENT = """
+#include <stdlib.h>
+#include <string.h>
+void *kept[3000];
+int main(void)
+{
+    for (int i = 0; i < 3000; i++)
+        memset(kept[i] = malloc(1500), 1, 1500);
+    memset(kept[0] = malloc(6000000), 2, 6000000);
+    *(volatile int *)0 = 1;
+}
+"""
 
 LINKED_WITH_PYTHON = """
 #include <stdlib.h>

@@ -11,13 +11,15 @@ import numpy.typing as npt
 import pytest
 
 import coreheap
-from coreheap.accounting.other_allocators import tcmalloc
+from coreheap.accounting.other_allocators import other_allocators, tcmalloc
 from coreheap.accounting.other_allocators.jemalloc import jemalloc_ranges
 from coreheap.accounting.other_allocators.memory import AnonymousMemory
 from coreheap.accounting.other_allocators.mimalloc import mimalloc_ranges
 from coreheap.accounting.other_allocators.pymalloc import pymalloc_ranges
+from coreheap.accounting.other_allocators.sanitizers import ASAN, ranges_of, valgrind_ranges
 from coreheap.accounting.other_allocators.tcmalloc import LEAF_BYTES, LEAVES_LIMIT, tcmalloc_ranges
-from coreheap.evidence import Strength
+from coreheap.evidence import Confidence, Strength
+from coreheap.mappings import MappingKind
 from tests.core_builder import CoreBuilder, elf_image
 
 PAGE, MIB = 4096, 1 << 20
@@ -47,14 +49,14 @@ def words_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def core_of(memory: bytes | bytearray, pointers: list[int]) -> CoreBuilder:
+def core_of(memory: bytes | bytearray, pointers: list[int], path: str = "/opt/lib.so") -> CoreBuilder:
     """A library with pointers in its data, and one anonymous mapping."""
     image = elf_image(total_bytes=PAGE + 1024 * PAGE, data_bytes=1024 * PAGE)
     data = struct.pack(f"<{len(pointers)}Q", *pointers).ljust(1024 * PAGE, b"\0")
     builder = CoreBuilder().add_segment(MEMORY, memory)
     builder.add_segment(LIBRARY, image[:PAGE], flags="r-x").add_segment(LIBRARY + PAGE, data)
-    builder.add_file_mapping(LIBRARY, LIBRARY + PAGE, 0, "/opt/lib.so")
-    builder.add_file_mapping(LIBRARY + PAGE, LIBRARY + 1025 * PAGE, PAGE, "/opt/lib.so")
+    builder.add_file_mapping(LIBRARY, LIBRARY + PAGE, 0, path)
+    builder.add_file_mapping(LIBRARY + PAGE, LIBRARY + 1025 * PAGE, PAGE, path)
     return builder.add_thread()
 
 
@@ -168,3 +170,65 @@ def test_like_words_at_a_low_address_are_no_segment_of_mimalloc(address: int, is
         (module,) = [module for module in core.modules if module.path == "/opt/lib.so"]
         found = mimalloc_ranges(AnonymousMemory(core), module)
     assert bool(found) is is_one
+
+
+TIB = 1 << 40
+SHADOW, SHADOW_END, SPACE = 0x7FFF7000, 0x1000_7FFF_8000, 0x6000_0000_0000
+
+
+def with_reserves(*reserves: tuple[int, int, str]) -> CoreBuilder:
+    """A process with ranges of address space that the core holds nothing of."""
+    builder = core_of(bytes(PAGE), [], "/usr/lib/libasan.so.8")
+    for start, end, flags in reserves:
+        builder.add_segment(start, None, end - start, flags)
+    return builder
+
+
+def test_the_shadow_memory_of_a_sanitizer_is_told_by_its_place(tmp_path: Path) -> None:
+    shadow = (
+        (SHADOW, 0x8FFF7000, "rw-"),
+        (0x8FFF7000, 0x200_8FFF_7000, "---"),
+        (0x200_8FFF_7000, SHADOW_END, "rw-"),
+    )
+    space = (SPACE, SPACE + PAGE, "rw-"), (SPACE + PAGE, SPACE + 4 * TIB, "---")
+    with coreheap.open(with_reserves(*shadow, *space).write(tmp_path / "core")) as core:
+        (found,) = other_allocators(core)
+        report = coreheap.analyze(core)
+    assert (found.name, found.is_searched) == ("AddressSanitizer", True)
+    assert found.confidence is Confidence.STRONG
+    assert found.bytes == PAGE
+    assert report.mappings is not None
+    assert report.mappings.bytes_of(MappingKind.TOOL_MEMORY) == SHADOW_END - SHADOW + 4 * TIB - PAGE
+    # What takes no memory takes no part in shares.
+    assert all(item.of_bytes < TIB for item in report.verdict)
+
+
+@pytest.mark.parametrize(
+    "reserves",
+    [
+        ((SHADOW + 2 * PAGE, SHADOW_END, "rw-"),),  # begins elsewhere
+        ((SHADOW, SHADOW_END - PAGE, "rw-"),),  # ends elsewhere
+        ((SHADOW, SHADOW_END, "---"),),  # nobody may write there
+        ((SPACE, SPACE + 4 * TIB, "rw-"),),  # no shadow
+        ((0x100_0000_0000, 0x2000_0000_0000, "rw-"),),  # as ThreadSanitizer's, without its symbols
+    ],
+)
+def test_terabytes_at_another_place_are_no_sanitizers(
+    tmp_path: Path, reserves: tuple[tuple[int, int, str], ...]
+) -> None:
+    with coreheap.open(with_reserves(*reserves).write(tmp_path / "core")) as core:
+        assert ranges_of(ASAN)(AnonymousMemory(core), core.modules[0]) == ()
+
+
+@pytest.mark.parametrize("damage", ["", "size", "end"])
+def test_superblocks_of_valgrind_tile_their_mapping(tmp_path: Path, damage: str) -> None:
+    memory = bytearray(3 * MIB)
+    for place, size in ((0, MIB), (MIB, 2 * MIB - (PAGE if damage == "end" else 0))):
+        memory[place : place + 8] = struct.pack("<Q", size - 32 - (8 if damage == "size" and place else 0))
+    builder = core_of(b"", []).add_segment(MEMORY + MIB, bytes(memory), flags="rwx")
+    with coreheap.open(builder.write(tmp_path / "core", sparse=False)) as core:
+        found = valgrind_ranges(AnonymousMemory(core), core.modules[0])
+    if damage:
+        assert found == ()
+    else:
+        assert [(one.start.tolist(), one.end.tolist()) for one in found] == [([MEMORY + MIB], [MEMORY + 4 * MIB])]

@@ -19,13 +19,15 @@ UInt64s = npt.NDArray[np.uint64]
 class Ranges:
     """Memory of an allocator: sorted, disjoint columns, and why it is believed to be. None of the ranges is empty.
 
-    ``is_estimate``: they come from habits of the allocator, not from its own structures.
+    ``is_estimate``: they come from habits of the allocator, not from its own structures. ``is_reserve``: what a tool that watches
+    the program keeps beside its allocator, of which most is address space alone.
     """
 
     start: UInt64s
     end: UInt64s
     evidence: tuple[Evidence, ...]
     is_estimate: bool = False
+    is_reserve: bool = False
 
     @property
     def bytes(self) -> int:
@@ -51,8 +53,13 @@ class OtherAllocator:
 
     @property
     def bytes(self) -> int:
-        """Bytes that look like its own."""
-        return sum(ranges.bytes for ranges in self.ranges)
+        """Bytes that look like its own, without reserves."""
+        return sum(ranges.bytes for ranges in self.ranges if not ranges.is_reserve)
+
+    @property
+    def is_tool(self) -> bool:
+        """Whether it is a tool that watches the program."""
+        return any(ranges.is_reserve for ranges in self.ranges)
 
     @property
     def is_estimate(self) -> bool:

@@ -16,6 +16,7 @@ from coreheap.accounting.other_allocators.memory import AnonymousMemory
 from coreheap.accounting.other_allocators.mimalloc import mimalloc_ranges
 from coreheap.accounting.other_allocators.musl import musl_ranges
 from coreheap.accounting.other_allocators.pymalloc import pymalloc_ranges
+from coreheap.accounting.other_allocators.sanitizers import ASAN, LSAN, MSAN, TSAN, ranges_of, valgrind_ranges
 from coreheap.accounting.other_allocators.tcmalloc import tcmalloc_ranges
 from coreheap.corefile import Module
 
@@ -44,6 +45,29 @@ class KnownAllocator:
 
 # Debian's musl is libc.so in a folder of musl's; a libc.so elsewhere may as well be Android's.
 KNOWN_ALLOCATORS = (
+    # Tools first: they serve malloc whatever else is linked in. Of several that share a run time the first one counts.
+    KnownAllocator(
+        "AddressSanitizer",
+        re.compile(r"/lib(asan|clang_rt\.asan)[.\-_0-9a-z]*\.so[^/]*$"),
+        ("__asan_init",),
+        ranges=ranges_of(ASAN),
+        by_structure=True,
+    ),
+    KnownAllocator(
+        "ThreadSanitizer",
+        re.compile(r"/lib(tsan|clang_rt\.tsan)[.\-_0-9a-z]*\.so[^/]*$"),
+        ("__tsan_init",),
+        ranges=ranges_of(TSAN),
+    ),
+    KnownAllocator("MemorySanitizer", None, ("__msan_init",), ranges=ranges_of(MSAN)),
+    KnownAllocator(
+        "LeakSanitizer", re.compile(r"/liblsan[.\-_0-9a-z]*\.so[^/]*$"), ("__lsan_init",), ranges=ranges_of(LSAN)
+    ),
+    KnownAllocator(
+        "valgrind",
+        re.compile(r"/vgpreload_(memcheck|drd|helgrind|massif|dhat|exp-[a-z]+)-[^/]*\.so$"),
+        ranges=valgrind_ranges,
+    ),
     KnownAllocator(
         "jemalloc",
         re.compile(r"/libjemalloc([.\-_][.\-_0-9a-z]*)?\.so[^/]*$"),

@@ -44,7 +44,8 @@ def other_allocator_claims(core: Core, claims: Claims) -> None:
     """Claim what looks like other allocators' memory, under their names."""
     for allocator in other_allocators(core):
         for ranges in allocator.ranges:
-            claims.add(MappingKind.OTHER_ALLOCATOR, ranges.start, ranges.end, name=allocator.name)
+            kind = MappingKind.TOOL_MEMORY if ranges.is_reserve else MappingKind.OTHER_ALLOCATOR
+            claims.add(kind, ranges.start, ranges.end, name=allocator.name)
 
 
 def _recognise(core: Core, anonymous: AnonymousMemory) -> Iterator[OtherAllocator]:

@@ -103,15 +103,15 @@ def _listed_stacks(core: Core) -> ListedStacks | None:
     own = _own_link(core)
     if own is None:
         return None
-    link, offset, user_head = own
-    window = _window(core, user_head)
+    link, offset, own_head = own
+    window = _window(core, own_head)
     low, words = window.start, window.words
     links = _Links(core, offset)
     rings = [ring for ring in (links.ring(head) for head in _heads(core, low, words)) if ring]
     # The first thread's own descriptor may lie beside the module's data.
-    rings = [ring for ring in rings if ring[0] == user_head or user_head not in ring]
+    rings = [ring for ring in rings if ring[0] == own_head or own_head not in ring]
     distance = _distance_to_stackblock(core.memory, [ring[1:] for ring in rings], link)
-    return None if distance is None else _told(core, links, rings, distance, user_head, window)
+    return None if distance is None else _told(core, links, rings, distance, window)
 
 
 def _own_link(core: Core) -> tuple[int, int, int] | None:
@@ -145,6 +145,9 @@ class _Links:
         """``offset``: how far a thread's link lies from its thread pointer."""
         self.offset = offset
         self.memory = core.memory
+        first = next((thread for thread in core.threads if thread.lwp == core.process.pid), None)
+        self.first = first.thread_pointer + offset if first is not None and first.thread_pointer else 0
+        """The link of the process's first thread, 0 where it is not in the core."""
         pointers = np.array([thread.thread_pointer or 0 for thread in core.threads], np.uint64)
         place = pointers[pointers != 0] + np.uint64(offset & LAST_ADDRESS)
         rows, saved = rows_at(core.memory, place, 2)
@@ -267,9 +270,7 @@ def _distance_to_stackblock(memory: AddressSpace, rings: Iterable[tuple[int, ...
     return distance if 2 * count > asked else None
 
 
-def _told(
-    core: Core, links: _Links, rings: list[tuple[int, ...]], distance: int, user_head: int, window: _Window
-) -> ListedStacks:
+def _told(core: Core, links: _Links, rings: list[tuple[int, ...]], distance: int, window: _Window) -> ListedStacks:
     """The stacks of all rings by what the library does with them."""
     memory = core.memory
     # Of a thread whose pointer the core does not tell, the stack pointer lies in its block.
@@ -277,16 +278,19 @@ def _told(
     unjoined: list[tuple[ThreadStack, int]] = []
     vanished: list[ThreadStack] = []
     cached: list[ThreadStack] = []
-    used_head, runs_in_use = 0, False
+    used_head, user_head, runs_in_use = 0, 0, False
+    # In the child of a fork the thread that forked is the first one, and may have a stack of the library's.
+    is_kernels = links.first and stack_at(memory, links.first + distance) is None
     for head, *ring in rings:
-        if head == user_head:
+        if is_kernels and links.first in ring:
             # What the program brought it has to free itself.
+            user_head = head
             continue
         idle = [link for link in ring if not links.is_running(link)]
         stacks = [(link, stack_at(memory, link + distance)) for link in idle]
         known = [(link, stack) for link, stack in stacks if stack is not None]
         if len(known) < len(stacks):
-            # No ring of descriptors.
+            # No ring of descriptors, or that of a first thread which has ended before the others.
             continue
         total = sum(stack.end - stack.start for _, stack in known)
         if len(idle) == len(ring) and bool((window.words == np.uint64(total)).any()):
@@ -301,7 +305,7 @@ def _told(
             else:
                 vanished.append(stack)
     cached_bytes = sum(stack.end - stack.start for stack in cached)
-    if _is_side_by_side(window, memory.word_bytes, (used_head, user_head), cached_bytes):
+    if _is_side_by_side(window, memory.word_bytes, used_head, user_head, cached_bytes):
         strength = Strength.PROOF
     else:
         # In the whole data the count of what is cached would have been seen.
@@ -338,15 +342,18 @@ def _thread_id(memory: AddressSpace, link: int) -> int | None:
         return None
 
 
-def _is_side_by_side(window: _Window, word: int, heads: tuple[int, int], cached_bytes: int) -> bool:
-    """Whether the heads lie as in _rtld_global: used, user, cache, and then the bytes that the cache has."""
-    used, user = heads
-    words, place = window.words, (user - window.start) // word
-    if place < 2 or place + 5 > len(words):
+def _is_side_by_side(window: _Window, word: int, used: int, user: int, cached_bytes: int) -> bool:
+    """Whether the heads lie as in _rtld_global: used, user, cache, and then the bytes that the cache has.
+
+    ``used`` and ``user``: heads of rings that are not empty, 0 where none was found.
+    """
+    head = used or user - 2 * word
+    words, place = window.words, (head - window.start) // word
+    if place < 0 or place + 7 > len(words) or user not in (0, head + 2 * word):
         return False
-    before, cache, total = words[place - 2 : place], words[place + 2 : place + 4], int(words[place + 4])
-    used_is_empty = bool((before == np.uint64(user - 2 * word)).all())
-    cache_is_empty = bool((cache == np.uint64(user + 2 * word)).all())
-    return (used == user - 2 * word or (used_is_empty and not used)) and (
-        total == cached_bytes and cache_is_empty == (cached_bytes == 0)
-    )
+
+    def is_empty(number: int) -> bool:
+        at = place + 2 * number
+        return bool((words[at : at + 2] == np.uint64(head + 2 * number * word)).all())
+
+    return is_empty(0) == (not used) and is_empty(2) == (not cached_bytes) and int(words[place + 6]) == cached_bytes

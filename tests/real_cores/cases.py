@@ -200,6 +200,7 @@ def _unjoined_cases() -> Iterator[Case]:
     yield unjoined.variant("kept", arguments=("how=kept", "seed=224"))
     yield unjoined.variant("many_kept", arguments=("how=kept", "threads=120", "stack=1024", "seed=225"))
     yield unjoined.variant("static_pie", arguments=("how=lost", "seed=226"), linking=STATIC_PIE)
+    yield unjoined.variant("thread_forks", arguments=("how=joined", "fork=2", "seed=232"))
     # Nothing to say of these.
     yield unjoined.variant("four", arguments=("how=lost", "threads=4", "seed=227"))
     yield unjoined.variant("joining", arguments=("how=joining", "live=1", "seed=228"))
@@ -425,6 +426,7 @@ MATRIX_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
             ("unjoined", "lost"),
             ("unjoined@live", "lost", "live=2"),
             ("unjoined@kept", "kept"),
+            ("unjoined@thread_forks", "joined", "fork=2"),
             ("unjoined@static_pie", "lost"),
             ("unjoined@joined", "joined"),
             ("unjoined@detached", "detached", "live=1"),

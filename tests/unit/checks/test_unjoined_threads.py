@@ -66,7 +66,7 @@ class Process:
         for place, at in enumerate(ring):
             self.put(at, struct.pack("<QQ", ring[(place + 1) % len(ring)], ring[place - 1]))
 
-    def write(self, folder: Path, *, with_data: bool = True) -> Path:
+    def write(self, folder: Path, *, with_data: bool = True, with_first: bool = True) -> Path:
         image = elf_image(total_bytes=2 * PAGE, data_bytes=PAGE)
         builder = CoreBuilder()
         builder.add_segment(LIBRARY, image[:PAGE], flags="r-x")
@@ -76,7 +76,8 @@ class Process:
             builder.add_segment(STACKS + number * BETWEEN, bytes(stack))
         builder.add_file_mapping(LIBRARY, LIBRARY + PAGE, 0, "/opt/lib.so")
         builder.add_file_mapping(LIBRARY + PAGE, LIBRARY + 2 * PAGE, PAGE, "/opt/lib.so")
-        builder.add_thread(PID, thread_pointer=MAIN, stack_pointer=MAIN + 8)
+        if with_first:
+            builder.add_thread(PID, thread_pointer=MAIN, stack_pointer=MAIN + 8)
         for number in self.running:
             pointer = self.descriptor(number)
             builder.add_thread(PID + number, thread_pointer=pointer, stack_pointer=pointer - 64)
@@ -104,6 +105,13 @@ def test_fires_with_no_second_thread(tmp_path: Path) -> None:
     assert finding.quantity("threads") == 6
     assert finding.quantity("stack_bytes") == 6 * STACK_BYTES
     assert finding.quantity("ids_in_memory") == 0
+
+
+def test_the_first_thread_may_have_ended_before_the_others(tmp_path: Path) -> None:
+    listed, (finding,) = asked(Process(unjoined=6, cached=2, running=1).write(tmp_path, with_first=False))
+    assert listed is not None
+    assert (len(listed.unjoined), len(listed.cached), listed.strength) == (6, 2, Strength.PROOF)
+    assert finding.confidence is Confidence.CERTAIN
 
 
 def test_ids_that_are_kept_may_be_joined_later(tmp_path: Path) -> None:

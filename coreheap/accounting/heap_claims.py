@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from coreheap.accounting.claims import Claims
+from coreheap.accounting.claims import NOBODY, Claims
 from coreheap.corefile import Core
+from coreheap.errors import MemoryFault
 from coreheap.heap import HeapSnapshot, RegionKind
 from coreheap.mappings import MappingKind
 
@@ -16,6 +17,8 @@ MAIN, OTHER = "main", "arena"
 """The parts of the main arenas' memory begin with the one word, those of all other arenas with the other."""
 FOREIGN = "foreign_sbrk"
 """What somebody other than malloc took from the break, as ``UnattributedRange.cause`` and as a part of the main arena."""
+CURRENT_BREAK = "__curbrk"
+"""Exported by every libc.so.6 (misc/brk.c); a program that is linked statically has it in its symbol table."""
 CHUNKS, HEADERS, ALIGNMENT, RESERVE, UNEXPLAINED = "chunks", "headers", "alignment", "reserve", "unexplained"
 
 
@@ -80,13 +83,15 @@ def heap_claims(heap: HeapSnapshot, claims: Claims) -> None:
 def break_claims(core: Core, heap: HeapSnapshot, claims: Claims) -> None:
     """Claim what is left of the break's mapping before sbrk_base and after the end of top: sbrk was called there by others.
 
-    To be called after all others: a program's bss may touch the break. Nothing but its place tells what it is. Less than a page
-    is what the kernel and malloc align. An emulator keeps pages of a break that went down.
+    To be called after all others: a program's bss may touch the break. Where libc's __curbrk tells the end of the break, what lies
+    after top is known to be of the break; else nothing but its place tells what it is. Less than a page is what the kernel and
+    malloc align. An emulator keeps pages of a break that went down.
     """
     memory, page = core.memory, core.page_bytes
     if core.made_by == "qemu":
         return
-    found: list[tuple[int, int, int]] = []
+    break_end = _break_end(core, heap)
+    found: list[tuple[int, int, int, bool]] = []
     for arena in heap.arenas:
         place = arena.brk_range
         # Where malloc's own sum says otherwise, its heap may end elsewhere.
@@ -94,15 +99,38 @@ def break_claims(core: Core, heap: HeapSnapshot, claims: Claims) -> None:
             continue
         first, last = memory.region_index(place.start), memory.region_index(place.end - 1)
         if first is not None:
-            found.append((int(memory.region_start[first]), place.start, arena.index))
+            found.append((int(memory.region_start[first]), place.start, arena.index, True))
         if last is not None:
-            found.append((place.end, int(memory.region_end[last]), arena.index))
-    found = [(low, high, index) for low, high, index in found if high >= low + page]
-    claims.add(
-        MappingKind.FOREIGN_SBRK,
-        [low for low, _, _ in found],
-        [high for _, high, _ in found],
-        arena=[index for _, _, index in found],
-        part=f"{MAIN}_{FOREIGN}",
-        is_supposed=True,
-    )
+            end = int(memory.region_end[last])
+            found.append((place.end, end, arena.index, end != break_end))
+    if not any(arena.brk_range is not None for arena in heap.arenas) and break_end is not None:
+        # malloc took nothing from it.
+        region = memory.region_index(break_end - 1)
+        if region is not None and int(memory.region_end[region]) == break_end and memory.region_file_index[region] < 0:
+            found.append((int(memory.region_start[region]), break_end, NOBODY, True))
+    for low, high, index, is_supposed in found:
+        if high >= low + page:
+            claims.add(
+                MappingKind.FOREIGN_SBRK,
+                low,
+                high,
+                arena=index,
+                part=f"{MAIN}_{FOREIGN}",
+                is_supposed=is_supposed,
+            )
+
+
+def _break_end(core: Core, heap: HeapSnapshot) -> int | None:
+    """Where the break's mapping ends, by the variable that libc's brk and sbrk keep it in; None where that is not told."""
+    paths = {copy.module for copy in heap.copies}
+    for module in core.modules:
+        address = module.symbol_address(CURRENT_BREAK) if module.path in paths else None
+        if address is None:
+            continue
+        try:
+            end = core.memory.read_word(address)
+        except MemoryFault:
+            continue
+        if end:
+            return end + -end % core.page_bytes
+    return None

@@ -40,8 +40,8 @@ from coreheap.evidence import Strength
 
 UInt64s = npt.NDArray[np.uint64]
 
-LINKS_LIMIT = 1 << 20
-"""More threads than Linux gives a process by default (kernel.threads-max): a ring that long is none."""
+LINKS_LIMIT = 1 << 17
+"""Links that are followed in all: more stacks than a process may map by default (vm.max_map_count is 65,530)."""
 WINDOW_BYTES = 1 << 20
 """So far around one head the others are looked for: the writable data of ld.so, of libpthread and of most programs are smaller."""
 HEADS_TRIED = 1 << 12
@@ -107,9 +107,14 @@ def _listed_stacks(core: Core) -> ListedStacks | None:
     window = _window(core, own_head)
     low, words = window.start, window.words
     links = _Links(core, offset)
-    rings = [ring for ring in (links.ring(head) for head in _heads(core, low, words)) if ring]
-    # The first thread's own descriptor may lie beside the module's data.
-    rings = [ring for ring in rings if ring[0] == own_head or own_head not in ring]
+    # The first thread's own descriptor may lie beside the module's data: its ring is that of the head all the same.
+    rings = [links.ring(own_head)]
+    seen = set(rings[0])
+    for head in _heads(core, low, words):
+        ring = () if head in seen else links.ring(head)
+        seen.update(ring)
+        if ring:
+            rings.append(ring)
     distance = _distance_to_stackblock(core.memory, [ring[1:] for ring in rings], link)
     return None if distance is None else _told(core, links, rings, distance, window)
 
@@ -123,6 +128,7 @@ def _own_link(core: Core) -> tuple[int, int, int] | None:
     threads = sorted(
         (thread for thread in core.threads if thread.thread_pointer), key=lambda one: one.lwp != core.process.pid
     )
+    links = _Links(core, None)
     for thread in threads[:THREADS_TRIED]:
         pointer = thread.thread_pointer or 0
         low, words = descriptor_words(memory, pointer, TLS_BELOW_THREAD_POINTER[core.machine])
@@ -131,7 +137,7 @@ def _own_link(core: Core) -> tuple[int, int, int] | None:
         place = np.uint64(low) + np.arange(len(words) - 1, dtype=np.uint64) * np.uint64(word)
         for row in np.flatnonzero(_may_be_links(memory, place, words[:-1], words[1:])).tolist():
             link = int(place[row])
-            ring = _Links(core, link - pointer).ring(link)
+            ring = links.ring(link)
             heads = [one for one in ring if core.module_at(one) is not None]
             if len(heads) == 1:
                 return link, link - pointer, heads[0]
@@ -141,20 +147,24 @@ def _own_link(core: Core) -> tuple[int, int, int] | None:
 class _Links:
     """The links of rings; those of threads in the core are read all at once."""
 
-    def __init__(self, core: Core, offset: int) -> None:
-        """``offset``: how far a thread's link lies from its thread pointer."""
-        self.offset = offset
+    def __init__(self, core: Core, offset: int | None) -> None:
+        """``offset``: how far a thread's link lies from its thread pointer, None where that is not known yet."""
+        self.offset = offset or 0
         self.memory = core.memory
-        first = next((thread for thread in core.threads if thread.lwp == core.process.pid), None)
-        self.first = first.thread_pointer + offset if first is not None and first.thread_pointer else 0
+        self.first = 0
         """The link of the process's first thread, 0 where it is not in the core."""
+        self._known: dict[int, tuple[int, int]] = {}
+        self._left = LINKS_LIMIT
+        if offset is None:
+            return
+        first = next((thread for thread in core.threads if thread.lwp == core.process.pid), None)
+        if first is not None and first.thread_pointer:
+            self.first = first.thread_pointer + offset & LAST_ADDRESS
         pointers = np.array([thread.thread_pointer or 0 for thread in core.threads], np.uint64)
         place = pointers[pointers != 0] + np.uint64(offset & LAST_ADDRESS)
         rows, saved = rows_at(core.memory, place, 2)
-        self._known = {
-            at: (following, previous)
-            for at, (following, previous) in zip(place[saved].tolist(), rows[saved].tolist(), strict=True)
-        }
+        for at, (following, previous) in zip(place[saved].tolist(), rows[saved].tolist(), strict=True):
+            self._known[at] = following, previous
 
     def is_running(self, link: int) -> bool:
         """Whether the link is that of a thread in the core."""
@@ -168,7 +178,8 @@ class _Links:
             while following != first:
                 at = following
                 following, previous = self._at(at)
-                if previous != links[-1] or len(links) >= LINKS_LIMIT:
+                self._left -= 1
+                if previous != links[-1] or self._left < 0:
                     return ()
                 links.append(at)
         except MemoryFault:
@@ -211,9 +222,12 @@ def _window(core: Core, around: int) -> _Window:
         return nothing
     last = first
     # Data and bss may be two mappings.
-    while first > 0 and _goes_on(memory, first - 1, first):
+    while (
+        first > 0 and _goes_on(memory, first - 1, first) and int(memory.region_end[first - 1]) > around - WINDOW_BYTES
+    ):
         first -= 1
-    while last + 1 < memory.region_count and _goes_on(memory, last, last + 1):
+    limit = around + WINDOW_BYTES
+    while last + 1 < memory.region_count and _goes_on(memory, last, last + 1) and int(memory.region_end[last]) < limit:
         last += 1
     start, end = int(memory.region_start[first]), int(memory.region_end[last])
     low, high = max(start, around - WINDOW_BYTES), min(end, around + WINDOW_BYTES)
@@ -280,7 +294,7 @@ def _told(core: Core, links: _Links, rings: list[tuple[int, ...]], distance: int
     cached: list[ThreadStack] = []
     used_head, user_head, runs_in_use = 0, 0, False
     # In the child of a fork the thread that forked is the first one, and may have a stack of the library's.
-    is_kernels = links.first and stack_at(memory, links.first + distance) is None
+    is_kernels = bool(links.first) and stack_at(memory, links.first + distance) is None
     for head, *ring in rings:
         if is_kernels and links.first in ring:
             # What the program brought it has to free itself.
@@ -293,7 +307,7 @@ def _told(core: Core, links: _Links, rings: list[tuple[int, ...]], distance: int
             # No ring of descriptors, or that of a first thread which has ended before the others.
             continue
         total = sum(stack.end - stack.start for _, stack in known)
-        if len(idle) == len(ring) and bool((window.words == np.uint64(total)).any()):
+        if len(idle) == len(ring) and total <= LAST_ADDRESS and bool((window.words == np.uint64(total)).any()):
             cached += [stack for _, stack in known]
             continue
         used_head, runs_in_use = head, len(idle) < len(ring)
@@ -314,7 +328,7 @@ def _told(core: Core, links: _Links, rings: list[tuple[int, ...]], distance: int
     before = links.offset if TLS_BELOW_THREAD_POINTER[core.machine] else PADDING_WORDS * memory.word_bytes
     return ListedStacks(
         tuple(stack for stack, _ in unjoined),
-        tuple(link - before for _, link in unjoined),
+        tuple(max(link - before, 0) for _, link in unjoined),
         tuple(vanished),
         tuple(cached),
         strength,

@@ -10,6 +10,7 @@ import pytest
 import coreheap
 from coreheap.checks import Case, unjoined_threads
 from coreheap.checks.unjoined_threads import findings
+from coreheap.corefile import thread_lists
 from coreheap.corefile.thread_lists import ListedStacks, listed_stacks
 from coreheap.evidence import Confidence, Strength
 from coreheap.report import Finding, LedgerNode, Severity
@@ -159,6 +160,24 @@ def test_without_the_count_of_what_is_cached_it_is_less_sure(tmp_path: Path) -> 
 def test_a_ring_that_does_not_close_is_none(tmp_path: Path, at: int) -> None:
     process = Process(unjoined=8)
     process.put(Process.descriptor(3) + LIST + at, struct.pack("<Q", Process.descriptor(3) + LIST))
+    listed, found = asked(process.write(tmp_path))
+    assert listed is None or listed.unjoined == ()
+    assert found == ()
+
+
+def test_rings_without_end_cost_no_more_than_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thread_lists, "LINKS_LIMIT", 16)
+    listed, found = asked(Process(unjoined=40, cached=3).write(tmp_path))
+    assert listed is None or listed.unjoined == ()
+    assert found == ()
+
+
+def test_sizes_that_no_number_of_the_machine_holds(tmp_path: Path) -> None:
+    """Blocks of which each claims most of the address space, and a descriptor at its very beginning."""
+    process = Process(unjoined=8)
+    for number in range(8):
+        place = process.descriptor(number) + STACKBLOCK
+        process.put(place, struct.pack("<QQQ", 1 << 40, (1 << 64) - (1 << 41), 0))
     listed, found = asked(process.write(tmp_path))
     assert listed is None or listed.unjoined == ()
     assert found == ()

@@ -44,6 +44,8 @@ class _Sums:
     resident_bytes: int | None
     ended_bytes: int | None
     ended_resident_bytes: int | None
+    cached_bytes: int | None
+    """Of ended stacks those that glibc keeps; nobody joined the threads of the others."""
     whole_bytes: int | None
     """All writable memory that was there."""
 
@@ -112,7 +114,7 @@ def _sums(threads: Sequence[ThreadSummary], mappings: MappingTable | None) -> _S
     reserved = sum(thread.stack_reserved_bytes or 0 for thread in threads)
     pages = [thread.stack_resident_bytes for thread in threads if thread.stack_resident_bytes is not None]
     if mappings is None or mappings.basis is ResidencyBasis.UNKNOWN:
-        return _Sums(reserved, sum(pages) if pages else None, None, None, None)
+        return _Sums(reserved, sum(pages) if pages else None, None, None, None, None)
     ended = np.isin(
         mappings.kind, [KINDS.index(kind) for kind in (MappingKind.ENDED_STACK, MappingKind.UNJOINED_STACK)]
     )
@@ -123,6 +125,7 @@ def _sums(threads: Sequence[ThreadSummary], mappings: MappingTable | None) -> _S
         resident_bytes=sum(pages) + ended_resident if pages else None,
         ended_bytes=int((mappings.end[ended] - mappings.start[ended]).sum(dtype=np.uint64)),
         ended_resident_bytes=ended_resident,
+        cached_bytes=mappings.bytes_of(MappingKind.ENDED_STACK),
         whole_bytes=int(mappings.resident_low[writable].sum()),
     )
 
@@ -208,7 +211,7 @@ def _next_steps(is_deep: bool, sums: _Sums) -> tuple[str, ...]:
         "with transparent huge pages a first touch may bring in 2 MiB: GLIBC_TUNABLES=glibc.pthread.stack_hugetlb=0"
         " (glibc 2.38 and later) turns them off for stacks; compare AnonHugePages in /proc/PID/smaps",
     ]
-    if sums.ended_bytes:
+    if sums.cached_bytes:
         steps.append(
             "glibc keeps stacks of ended threads, up to 40 MiB: GLIBC_TUNABLES=glibc.pthread.stack_cache_size=0 (glibc"
             " 2.34 and later) gives them back, and each new thread then maps its stack anew"

@@ -53,14 +53,15 @@ class AnalysisOptions:
     """What ``analyze`` should do. ``progress`` is told what is being done; it must not print to stdout.
 
     ``leaks`` looks for leaks: every pointer in the core is followed. ``retained`` computes as well what each chunk
-    keeps alive, which takes longer than all else together; it is of no use without ``leaks``. ``low_memory`` looks for leaks
+    keeps alive, which may take longer than all else together; None: where it takes less, and live memory leads. It is of no use
+    without ``leaks``. ``low_memory`` looks for leaks
     without holding all references in memory, which takes longer. Without ``residency`` nothing is read only to learn which pages
     were in memory. ``heuristics`` are those that may make a verdict on a chunk milder than plain pointers do.
     """
 
     progress: Progress = lambda phase, done, total: None
     leaks: bool = True
-    retained: bool = False
+    retained: bool | None = None
     low_memory: bool = False
     residency: bool = True
     heuristics: frozenset[Heuristic] = OPTIONAL_HEURISTICS
@@ -169,7 +170,8 @@ def analyze_with_references(core: Core, options: AnalysisOptions | None = None) 
         anomaly_count=heap.anomaly_count if heap else 0,
         gaps=(*gaps, *(Gap("check_failed", defect) for defect in defects)),
         phases=tuple(clock.phases),
-        is_partial=is_partial or (search is not None and (leaks is None or (options.retained and retained is None))),
+        is_partial=is_partial
+        or (search is not None and (leaks is None or (bool(options.retained) and retained is None))),
         other_allocators=tuple(finding.subject for finding in findings if finding.code == "OTHER-ALLOCATOR"),
         defects=tuple(defects),
         leaks=leaks,

@@ -22,6 +22,9 @@ GAPS_NAMED = 5
 THREADS_MISSING = ("threads_missing", "notes_truncated", "notes_damaged", "notes_too_many", "thread_notes_unusable")
 """Gaps of the core after which threads may be missing, with their registers and stacks."""
 
+FILES_MISSING = "mapped_files_missing"
+"""The gap of a core without NT_FILE (qemu's, old kernels', some writers of their own)."""
+
 MAP_DOUBTED = (
     "program_headers_cut",
     "segment_count_cut",
@@ -107,7 +110,16 @@ def identity_doubts(heap: HeapSnapshot) -> tuple[Doubt, ...]:
 
 def map_doubts(gaps: Iterable[Gap]) -> tuple[Doubt, ...]:
     """What of a core's gaps speaks against its regions and their kinds: at most one doubt."""
-    causes = sorted({gap.cause for gap in gaps}.intersection(MAP_DOUBTED))
+    found = {gap.cause for gap in gaps}
+    causes = sorted(found.intersection(MAP_DOUBTED))
+    if FILES_MISSING in found and not causes:
+        return (
+            doubt(
+                "the core does not say which memory is mapped from files (no NT_FILE note)",
+                "notes of the core",
+                "private memory cannot be told from shared memory",
+            ),
+        )
     if not causes:
         return ()
     return (

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from coreheap.allocators.protocol import Progress
 from coreheap.corefile import Core
 from coreheap.evidence import Gap
-from coreheap.heap import HeapSnapshot
+from coreheap.heap import ChunkState, HeapSnapshot, sum_of_totals
 from coreheap.leaks import (
     OPTIONAL_HEURISTICS,
     Explanation,
@@ -41,6 +41,10 @@ GroupNumbers = Callable[[int, int], npt.NDArray[np.int32]]
 """For chunks [first, end) the number of the leak group that each counts in, -1 for none: int32[end - first]."""
 
 RETAINED_ROWS = 20
+SMALLEST_LIVE_BYTES = 1 << 20
+RETAINED_CHUNK_SECONDS, RETAINED_EDGE_SECONDS = 0.5e-6, 0.1e-6
+LEAST_SECONDS, CHUNK_SECONDS, BYTE_SECONDS = 0.25, 0.15e-6, 0.4e-9
+"""What retained sizes cost, and what all else does: measured, and fixed so that every machine decides alike."""
 
 
 class References:
@@ -110,13 +114,14 @@ def search_leaks(
     heap: HeapSnapshot,
     progress: Progress,
     *,
-    retained: bool,
+    retained: bool | None,
     low_memory: bool = False,
     heuristics: Collection[Heuristic] = OPTIONAL_HEURISTICS,
 ) -> LeakSearch:
     """Verdicts on all chunks of a heap. A heap that is too large for a graph gives a gap.
 
-    Without memory for all references the verdicts are found without them, as with ``low_memory``.
+    Without memory for all references the verdicts are found without them, as with ``low_memory``. Where nothing was said of
+    ``retained`` (None), what chunks keep alive is looked for where live memory leads and that costs less than all else.
     """
     try:
         graph = _graph(core, heap, progress, low_memory, heuristics)
@@ -127,7 +132,7 @@ def search_leaks(
         return LeakSearch(heap, None, None, None, (gap,))
     gaps = graph.gaps
     largest: RetainedReport | None = None
-    if retained:
+    if retained or (retained is None and _is_cheap(core, heap, graph)):
         try:
             largest = references.retained()
         except (OverflowError, MemoryError) as error:
@@ -135,6 +140,17 @@ def search_leaks(
             gaps = (*gaps, _impossible("retained_sizes_impossible", heap, error, consequence))
     with_verdicts = dataclasses.replace(heap, chunks=dataclasses.replace(heap.chunks, verdict=graph.verdict))
     return LeakSearch(with_verdicts, references, leaks, largest, gaps)
+
+
+def _is_cheap(core: Core, heap: HeapSnapshot, graph: ReferenceGraph) -> bool:
+    """Whether retained sizes are worth a look that nobody asked for: live memory leads, and they take less than the rest."""
+    totals = sum_of_totals(iter((heap.totals, heap.mmapped_totals)))
+    whole = sum(total.chunk_bytes for total in totals.values())
+    live = totals[ChunkState.IN_USE].chunk_bytes
+    if graph.edge_count is None or live < SMALLEST_LIVE_BYTES or 2 * live < whole:
+        return False
+    cost = RETAINED_CHUNK_SECONDS * len(heap.chunks) + RETAINED_EDGE_SECONDS * graph.edge_count
+    return cost <= LEAST_SECONDS + CHUNK_SECONDS * len(heap.chunks) + BYTE_SECONDS * core.saved_bytes
 
 
 def _graph(

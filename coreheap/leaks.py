@@ -269,6 +269,12 @@ class Accumulation:
     child_bytes: int
     child_retained_bytes: int
     samples: tuple[int, ...]
+    below: int = 0
+    """Chunks that go with the children, themselves included: of a table of containers the nodes of all of these."""
+    holders: int = 1
+    """Like holders that have these children together; ``holder`` is the one that keeps the most."""
+    root: str | None = None
+    """From where the holder hangs, as a place in words; None where no root leads to the uppermost chunk above it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,9 @@ MUCH: Final = 0.05
 the program could write from which memory that it shares is worth an item."""
 MUCH_APART: Final = 0.1
 """Share by which bounds have to differ to be a doubt."""
+SUSPECTED_BYTES: Final = 1 << 20
+SUSPECTED_SHARE: Final = 0.1
+"""Of the live bytes, what nothing leads to in a core that lacks something is worth a word from here on."""
 FREE_STATES: Final = (*LISTED_FREE_STATES, ChunkState.TOP, ChunkState.FREE_UNLISTED)
 
 
@@ -310,7 +313,8 @@ def _free_residency(free_memory: FreeMemoryReport | None, arenas: Iterable[Arena
 def leak_verdict(leaks: LeakReport | None, findings: tuple[Finding, ...]) -> Iterator[VerdictItem]:
     """What of the live chunks is lost, where a finding says that it matters.
 
-    What strong roots lead into, or keep in another form, is no part of it: healthy programs keep most of their heap so.
+    What strong roots lead into, or keep in another form, is no part of it: healthy programs keep most of their heap so. What is left
+    has to matter by itself.
     """
     if leaks is None:
         return
@@ -318,9 +322,10 @@ def leak_verdict(leaks: LeakReport | None, findings: tuple[Finding, ...]) -> Ite
         "LEAK": ("lost", leaks.total(Verdict.DEFINITELY_LOST, Verdict.INDIRECTLY_LOST).usable_bytes),
         "POSSIBLE-LEAK": ("possibly_lost", leaks.unreachable_possible.usable_bytes),
     }
+    whole = leaks.total().usable_bytes
     for finding in findings:
         topic, part = parts.get(finding.code, ("", 0))
-        if not part:
+        if not part or (topic == "possibly_lost" and part < max(SUSPECTED_BYTES, SUSPECTED_SHARE * whole)):
             continue
         against = tuple(fact.statement for fact in finding.evidence if fact.speaks_against)
-        yield VerdictItem(topic, part, leaks.total().usable_bytes, "live_chunks", finding.confidence, against)
+        yield VerdictItem(topic, part, whole, "live_chunks", finding.confidence, against)

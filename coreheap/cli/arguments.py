@@ -462,7 +462,9 @@ def _add_reference_options(parser: argparse.ArgumentParser, command: str) -> Non
             "--no-leaks", dest="leaks", action="store_false", help="do not look for leaks; that saves time and memory"
         )
         group.add_argument(
-            "--retained", action="store_true", help="compute what each chunk keeps alive, and find containers that grew"
+            "--retained",
+            action="store_true",
+            help="compute what each chunk keeps alive, and find containers that grew, also where that takes long",
         )
         group.set_defaults(leaks=True)
         _add_low_memory(group)

@@ -93,7 +93,8 @@ def _options(request: Request, progress: Progress) -> coreheap.AnalysisOptions:
     return coreheap.AnalysisOptions(
         progress=progress,
         leaks=request.leaks,
-        retained=request.retained and request.command == "analyze",
+        # Other commands show none of it, or ask for it themselves.
+        retained=(request.retained or None) if request.command == "analyze" else False,
         low_memory=request.low_memory,
         residency=request.command in RESIDENCY_COMMANDS,
         heuristics=OPTIONAL_HEURISTICS

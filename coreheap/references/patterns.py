@@ -59,6 +59,11 @@ HEADER_WORDS = 4
 """A header of a wrapper that has more words than these is believed before blocks of several sizes only."""
 COOKIE_WORDS = (1, 2, 4, 8)
 """The count of new[] takes a word, or as much as the element's alignment asks for."""
+LARGEST_HEADER_BYTES = 128
+"""sizeof(__cxa_refcounted_exception) with 8-byte words: the largest header of those looked for."""
+LARGEST_BASE_BYTES = 1 << 16
+"""Bases before the one pointed to are hardly larger; a pool of objects with such tables may be."""
+HEAD_BYTES = 32
 UNWIND_HEADER_BYTES = 32
 """sizeof(_Unwind_Exception), which ends where the thrown object begins (libsupc++, unwind-cxx.h), on all machines alike."""
 EXCEPTION_CLASSES = (b"GNUCC++\0", b"GNUCC++\1", b"CLNGC++\0", b"CLNGC++\1")
@@ -112,13 +117,20 @@ def held_by_patterns(reached: Reached, wanted: Collection[Heuristic]) -> HeldByP
     linked = np.zeros(len(address), np.bool_)
     linked[number[_is_of_same_size(index, source, target)]] = True
     code = _classified(reached, address, target[place], linked, wanted)[number]
+    is_held = code != Heuristic.NONE
+    edges = _edges_of(reached, candidates)
+    inside = np.zeros(index.chunk_count, np.bool_)
+    inside[target] = True
+    inside &= ~_is_pointed_to(edges, candidates, inside)
     # Numbers within the candidates: a row each.
     row_of = np.full(index.chunk_count, -1, np.int64)
     row_of[chunks] = np.arange(len(chunks))
     row_of_source = np.where(source >= 0, row_of[np.maximum(source, 0)], -1)
     row_of_target = row_of[target]
-    is_held, is_start = code != Heuristic.NONE, row_of_source < 0
-    to_starts = edges_within(_edges_of(reached, candidates), chunks, row_of, exact_only=True)
+    is_start = row_of_source < 0
+    if not (is_held & is_start).any():
+        return HeldByPatterns(np.empty(0, np.uint32), np.empty(0, np.uint8), np.flatnonzero(inside).astype(np.uint32))
+    to_starts = edges_within(edges, chunks, row_of, exact_only=True)
     goes_on = is_held & ~is_start
     by_pattern = edges_from(row_of_source[goes_on], row_of_target[goes_on], len(chunks))
     is_marked = marked_from(both(to_starts, by_pattern), row_of_target[is_held & is_start])
@@ -126,10 +138,21 @@ def held_by_patterns(reached: Reached, wanted: Collection[Heuristic]) -> HeldByP
     counted = np.flatnonzero(is_held & (is_start | is_marked[row_of_source]))[::-1]
     heuristic = np.zeros(len(chunks), np.uint8)
     heuristic[row_of_target[counted]] = code[counted]
-    inside = np.zeros(len(chunks), np.bool_)
-    inside[row_of_target] = True
-    inside[to_starts.target] = False
-    return HeldByPatterns(chunks[is_marked], heuristic[is_marked], chunks[inside & ~is_marked])
+    inside[chunks[is_marked]] = False
+    return HeldByPatterns(chunks[is_marked], heuristic[is_marked], np.flatnonzero(inside).astype(np.uint32))
+
+
+def _is_pointed_to(edges: Edges, candidates: UInt64s, asked: Bools) -> Bools:
+    """Which of the chunks that are asked about a candidate has a pointer to the start of: bool[chunks]."""
+    found = np.zeros(len(asked), np.bool_)
+    is_candidate = unpacked(candidates, 0, len(asked))
+    for begin in range(0, len(edges.target), EDGES_AT_ONCE):
+        part = edges.target[begin : begin + EDGES_AT_ONCE]
+        exact = np.flatnonzero(part < np.uint32(INTERIOR))
+        exact = exact[asked[part[exact]]]
+        source = np.searchsorted(edges.first, (exact + begin).astype(edges.first.dtype), side="right") - 1
+        found[part[exact[is_candidate[source]]]] = True
+    return found
 
 
 def _is_of_same_size(index: ChunkIndex, source: Int64s, target: Int64s) -> Bools:
@@ -177,15 +200,13 @@ def _sources(reached: Reached, candidates: UInt64s) -> Int64s:
         return positions_of(reaching).astype(np.int64)
     first, target = reached.edges.first, reached.edges.target
     is_candidate = unpacked(candidates, 0, reached.index.chunk_count)
-    rows = []
+    is_source = np.zeros(reached.index.chunk_count, np.bool_)
     for begin in range(0, len(target), EDGES_AT_ONCE):
         part = target[begin : begin + EDGES_AT_ONCE]
         inside = np.flatnonzero(part >= np.uint32(INTERIOR))
         inside = inside[is_candidate[part[inside] & np.uint32(CHUNK_MASK)]] + begin
-        rows.append(np.unique(np.searchsorted(first, inside.astype(first.dtype), side="right") - 1))
-    sources = np.unique(np.concatenate([np.empty(0, np.int64), *rows])).astype(np.int64)
-    is_reaching = unpacked(reaching, 0, reached.index.chunk_count)
-    return sources[is_reaching[sources]]
+        is_source[np.searchsorted(first, inside.astype(first.dtype), side="right") - 1] = True
+    return np.flatnonzero(is_source & unpacked(reaching, 0, reached.index.chunk_count))
 
 
 # What speaks for them
@@ -201,13 +222,18 @@ def _classified(
     """For each distinct address (into ``target``) its heuristic, NONE where no pattern speaks for it. ``linked``: whether a block
     of the target's size holds the address."""
     code = np.zeros(len(address), np.uint8)
-    for first in range(0, len(address), BATCH_CHUNKS):
-        rows = slice(first, first + BATCH_CHUNKS)
-        blocks = _Blocks(reached, address[rows], target[rows])
-        part = code[rows]
-        for heuristic, applies in blocks.patterns():
-            if heuristic in wanted:
-                part[(part == Heuristic.NONE) & applies] = heuristic
+    offset = address - payload_ranges(reached.index, target)[0]
+    # What compilers and libraries put before an object is small, whatever the size of the block is.
+    near = np.flatnonzero(offset <= np.uint64(LARGEST_HEADER_BYTES))
+    within = np.flatnonzero(offset <= np.uint64(LARGEST_BASE_BYTES))
+    for rows, of_base in ((near, False), (within, True)):
+        for first in range(0, len(rows), BATCH_CHUNKS):
+            batch = rows[first : first + BATCH_CHUNKS]
+            blocks = _Blocks(reached, address[batch], target[batch])
+            for heuristic, applies in blocks.by_table() if of_base else blocks.by_header():
+                if heuristic in wanted:
+                    found = batch[applies]
+                    code[found[code[found] == Heuristic.NONE]] = heuristic
     if Heuristic.CONSTANT_OFFSET in wanted:
         # Blocks of the same size that are held otherwise are not in question.
         is_held = np.zeros(reached.index.chunk_count, np.bool_)
@@ -227,16 +253,16 @@ def _at_constant_offset(reached: Reached, address: UInt64s, target: Int64s, link
     """
     index = reached.index
     header, chunk_bytes = chunk_extents(index, target)
-    distance = (address - header).astype(np.int64) - index.geometry.header_bytes
+    # No process has more than 2**47 bytes of addresses in one block.
+    distance = np.minimum((address - header).astype(np.int64) - index.geometry.header_bytes, (1 << 48) - 1)
     sizes = size_classes((chunk_bytes // np.uint64(index.geometry.alignment)).astype(np.uint32))
-    pairs, pair, blocks_at = np.unique(np.stack([sizes, distance]), axis=1, return_inverse=True, return_counts=True)
-    pair = pair.reshape(-1)
+    keys, pair, blocks_at = np.unique(sizes << 48 | distance, return_inverse=True, return_counts=True)
+    pairs = keys >> 48, keys & ((1 << 48) - 1)
     # A block counts once in its size, however many places of it are pointed to.
     _, first = np.unique(target, return_index=True)
     of_size, blocks_of = np.unique(sizes[first], return_counts=True)
     is_most = blocks_at >= ALIKE_SHARE * blocks_of[np.searchsorted(of_size, pairs[0])]
     distances, at = np.unique(pairs[1], return_inverse=True)
-    at = at.reshape(-1)
     sizes_at = np.bincount(at[is_most], minlength=len(distances))
     blocks_at_all = np.bincount(at[is_most], weights=blocks_at[is_most], minlength=len(distances))
     is_header = pairs[1] <= HEADER_WORDS * index.geometry.word_bytes
@@ -266,10 +292,14 @@ class _Blocks:
         spare = np.where(is_mapped, reached.core.page_bytes, index.geometry.alignment)
         self._spare = spare + self._word
         self._smallest = index.geometry.minimum_chunk_bytes - self._word
+        # The smallest block has three words; what lies behind them is looked at only where the place pointed to is further on.
+        self._head = bytes_at(reached.memory, start, HEAD_BYTES)
 
-    def patterns(self) -> Iterator[tuple[Heuristic, Bools]]:
-        yield Heuristic.EXCEPTION_POINTER, self._is_thrown()
+    def by_table(self) -> Iterator[tuple[Heuristic, Bools]]:
         yield Heuristic.SECOND_BASE, self._has_table()
+
+    def by_header(self) -> Iterator[tuple[Heuristic, Bools]]:
+        yield Heuristic.EXCEPTION_POINTER, self._is_thrown()
         yield Heuristic.LENGTH_PREFIX, self._has_length() | self._is_old_string() | self._is_sds()
         yield Heuristic.NEW_ARRAY, self._has_cookie()
 
@@ -282,10 +312,11 @@ class _Blocks:
 
     def _number(self, offset: Int64s | int, byte_count: int) -> Int64s:
         """The unsigned number at an offset of each block; those above 2**62 as -1, and what is not saved as 0."""
-        raw = bytes_at(self._reached.memory, self._start + np.asarray(offset, np.int64).astype(np.uint64), byte_count)
-        value = np.zeros(len(raw), np.uint64)
-        for byte in range(byte_count):
-            value |= raw[:, byte].astype(np.uint64) << np.uint64(8 * byte)
+        if isinstance(offset, int):
+            raw = self._head[:, offset : offset + byte_count]
+        else:
+            raw = bytes_at(self._reached.memory, self._start + offset.astype(np.uint64), byte_count)
+        value = np.ascontiguousarray(raw).view(f"<u{byte_count}").reshape(-1).astype(np.uint64)
         number: Int64s = np.where(value < np.uint64(1 << 62), value, np.uint64((1 << 64) - 1)).view(np.int64)
         return number
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from coreheap.kernels import CHUNK_MASK, add_up_retained, chunk_sizes, find_dominators, mark_reachable
-from coreheap.leaks import Accumulation, RetainedChunk, RetainedReport
+from coreheap.leaks import Accumulation, ChunkView, RetainedChunk, RetainedReport
 from coreheap.references.followed import size_classes
 from coreheap.references.graph import ReferenceGraph, RetainedSizes
 from coreheap.references.naming import Namer
@@ -46,10 +47,7 @@ def retained_sizes(graph: ReferenceGraph) -> RetainedSizes:
 
 
 def _retained_sizes(graph: ReferenceGraph) -> RetainedSizes:
-    seeds = np.concatenate(
-        [graph.seeds(strong=True) & np.uint32(CHUNK_MASK), graph.seeds(strong=False) & np.uint32(CHUNK_MASK),
-         graph.lost.leader]
-    )  # fmt: skip
+    seeds = np.concatenate([*_seeds(graph), graph.lost.leader])
     tree = find_dominators(graph.edges, graph.referrers, seeds)
     # Free chunks that a stale pointer leads to are in the tree, and hold nothing.
     in_use = graph.verdict[tree.chunk] != 0
@@ -61,6 +59,22 @@ def _retained_sizes(graph: ReferenceGraph) -> RetainedSizes:
     add_up_retained(tree.dominator, retained)
     add_up_retained(tree.dominator, count)
     return RetainedSizes(tree, own, retained, count)
+
+
+def _seeds(graph: ReferenceGraph) -> Iterator[UInt32s]:
+    """What roots lead to, of weaker ones only what no stronger one leads to in any way: strong roots, stacks, registers.
+
+    A leftover in a register leads to a node of a list as well as the list's head does. Were both roots, the node would hang from none
+    of them, and the rest of the list would be nobody's.
+    """
+    marked, interior = (np.zeros((graph.index.chunk_count + 63) // 64, np.uint64) for _ in range(2))
+    for target in (graph.seeds(strong=True), graph.weak.target, graph.registers.target):
+        chunks = target & np.uint32(CHUNK_MASK)
+        chunks = chunks[
+            marked[chunks >> np.uint32(6)] >> (chunks & np.uint32(63)).astype(np.uint64) & np.uint64(1) == 0
+        ]
+        yield chunks
+        mark_reachable(graph.edges, chunks, marked, interior, True)
 
 
 def find_retained(graph: ReferenceGraph, top: int = 20) -> RetainedReport:
@@ -98,33 +112,66 @@ def _accumulations(graph: ReferenceGraph, sizes: RetainedSizes, namer: Namer) ->
     firsts = np.flatnonzero(~same)[1:]
     # Lost chunks hang from nothing: they are no accumulation of anyone's.
     firsts = firsts[(sizes.own[firsts] > 0) & ((above[firsts] != 0) | (graph.lost.leader_of[tree.chunk[firsts]] == 0))]
-    key = above[firsts].astype(np.uint64) << np.uint64(12) | like[firsts].astype(np.uint64)
-    keys, group = np.unique(key, return_inverse=True)
-    count = np.bincount(group, weights=alike[firsts], minlength=len(keys))
-    held = np.bincount(group, weights=sizes.retained[firsts], minlength=len(keys))
     threshold = max(1.0, ACCUMULATION_SHARE * float(sizes.retained[0]))
+    of_one = above[firsts].astype(np.uint64) << np.uint64(12) | like[firsts].astype(np.uint64)
+    found = [
+        _accumulation(graph, sizes, namer, children, alike[children])
+        for children in _most(of_one, firsts, alike, sizes.retained, threshold)
+    ]
+    # The same children of many like holders, none of which needs to have many.
+    below_chunk = firsts[above[firsts] != 0]
+    of_like = like[above[below_chunk]].astype(np.uint64) << np.uint64(12) | like[below_chunk].astype(np.uint64)
+    for children in _most(of_like, below_chunk, alike, sizes.retained, threshold):
+        holders = np.unique(above[children])
+        if len(holders) > 1:
+            found.append(_accumulation(graph, sizes, namer, children, alike[children]))
+    return tuple(sorted(found, key=lambda point: -point.child_retained_bytes)[:ACCUMULATIONS])
+
+
+def _most(key: UInt64s, nodes: Int64s, alike: UInt64s, retained: UInt64s, threshold: float) -> Iterator[Int64s]:
+    """The nodes of each key that has many like ones, which retain much together; those that retain most first."""
+    keys, group = np.unique(key, return_inverse=True)
+    count = np.bincount(group, weights=alike[nodes], minlength=len(keys))
+    held = np.bincount(group, weights=retained[nodes], minlength=len(keys))
     wanted = np.flatnonzero((count >= LIKE_CHILDREN) & (held >= threshold))
-    wanted = wanted[np.argsort(-held[wanted], kind="stable")][:ACCUMULATIONS]
-    found = []
-    children_of = [firsts[group == number] for number in wanted.tolist()]
-    for number, children in zip(wanted.tolist(), children_of, strict=True):
-        samples = tree.chunk[children[:SAMPLES]].astype(np.int64)
-        views = [namer.chunk(chunk) for chunk in samples.tolist()]
-        holder_node = int(keys[number] >> np.uint64(12))
-        holder_chunk = int(tree.chunk[holder_node])
-        found.append(
-            Accumulation(
-                holder=namer.chunk(holder_chunk)
-                if holder_node
-                else _root_of_most(graph, namer, tree.chunk[children].astype(np.int64), alike[children]) or "the roots",
-                retained_bytes=int(sizes.retained[holder_node]),
-                children=int(count[number]),
-                child_bytes=views[0].usable_bytes,
-                child_retained_bytes=int(sizes.retained[children].sum()),
-                samples=tuple(view.payload_address for view in views),
-            )
-        )
-    return tuple(found)
+    for number in wanted[np.argsort(-held[wanted], kind="stable")][:ACCUMULATIONS].tolist():
+        yield nodes[group == number]
+
+
+def _accumulation(
+    graph: ReferenceGraph, sizes: RetainedSizes, namer: Namer, children: Int64s, weight: UInt64s
+) -> Accumulation:
+    """What is said of like children, ``weight`` like ones each."""
+    tree = sizes.tree
+    holders, of_holder = np.unique(tree.dominator[children], return_inverse=True)
+    by_holder = np.bincount(of_holder, weights=sizes.retained[children], minlength=len(holders))
+    node = int(holders[int(np.argmax(by_holder))])
+    views = [namer.chunk(chunk) for chunk in tree.chunk[children[:SAMPLES]].astype(np.int64).tolist()]
+    holder: ChunkView | str
+    if node:
+        holder = namer.chunk(int(tree.chunk[node]))
+        (root,) = namer.typical_holders([np.array([tree.chunk[_uppermost(tree.dominator, node)]], np.int64)])
+    else:
+        root = _root_of_most(graph, namer, tree.chunk[children].astype(np.int64), weight)
+        holder = root or "the roots"
+    return Accumulation(
+        holder=holder,
+        retained_bytes=int(sizes.retained[holders].sum()),
+        children=int(weight.sum()),
+        child_bytes=views[0].usable_bytes,
+        child_retained_bytes=int(sizes.retained[children].sum()),
+        samples=tuple(view.payload_address for view in views),
+        below=int(sizes.count[children].sum()),
+        holders=len(holders),
+        root=root,
+    )
+
+
+def _uppermost(dominator: UInt32s, node: int) -> int:
+    """The node right under the roots that a node hangs from. Dominators are smaller than their nodes."""
+    while dominator[node]:
+        node = int(dominator[node])
+    return node
 
 
 def _root_of_most(graph: ReferenceGraph, namer: Namer, chunks: Int64s, weight: UInt64s) -> str | None:

@@ -39,7 +39,7 @@ def summarise_leaks(graph: ReferenceGraph, types: ChunkTypes | None = None) -> L
     by_heuristic: dict[Heuristic, list[_Group]] = defaultdict(list)
     for group in found:
         by_heuristic[group.heuristic].append(group)
-    inside = graph.inside
+    inside = None if graph.inside is None else graph.inside[graph.verdict[graph.inside] == Verdict.POSSIBLY_LOST]
     return LeakReport(
         totals=_totals(graph, granules),
         groups=_groups(graph, found[:GROUPS_REPORTED], types),

@@ -56,6 +56,7 @@ AT_MINSIGSTKSZ = 51
 LEAST_SIGNAL_STACK = {"x86_64": 2048, "i386": 2048, "aarch64": 5120, "arm": 2048}
 USUAL_SIGNAL_STACK = {"x86_64": 8192, "i386": 8192, "aarch64": 16384, "arm": 8192}
 """MINSIGSTKSZ and SIGSTKSZ of glibc's headers (bits/sigstack.h)."""
+KIB = 1 << 10
 MOST_LOOKED_INTO = 1 << 14
 DATA_OF_LISTS_BYTES, UNTOUCHED_BYTES = 64, 1024
 """A stack is used from its end downwards. Behind the links that malloc leaves in a block that was free, its beginning stays
@@ -232,10 +233,12 @@ def _of_a_signal_stack(unseen: Unseen, leaders: Int64s, sizes: Int64s) -> Bools:
     for size in sorted(wished - {0}):
         spare = index.geometry.alignment + index.geometry.word_bytes
         rows = np.flatnonzero((sizes >= size) & (sizes < size + spare) & ~fits)
-        rows = rows[:MOST_LOOKED_INTO]
-        begins = bytes_at(unseen.memory, payload_ranges(index, leaders[rows])[0], UNTOUCHED_BYTES)
-        rows = rows[~begins[:, DATA_OF_LISTS_BYTES:].any(axis=1)]
-        fits[rows] |= len(rows) <= len(core.threads)
+        begins = bytes_at(unseen.memory, payload_ranges(index, leaders[rows[:MOST_LOOKED_INTO]])[0], UNTOUCHED_BYTES)
+        untouched = rows[:MOST_LOOKED_INTO][~begins[:, DATA_OF_LISTS_BYTES:].any(axis=1)]
+        # A size that only sysconf gives, or most of them as a stack is: then the others held something else before.
+        is_plain = len(rows) <= len(core.threads) and (size % KIB or 2 * len(untouched) >= len(rows))
+        taken = rows if is_plain else untouched
+        fits[taken] |= len(taken) <= len(core.threads)
     return fits
 
 

@@ -141,6 +141,9 @@ def _accumulation(point: Accumulation) -> Json:
         "children": point.children,
         "child_bytes": point.child_bytes,
         "child_retained_bytes": point.child_retained_bytes,
+        "below_count": point.below,
+        "holder_count": point.holders,
+        "root": text_or_null(point.root),
         "samples": [address_value(address) for address in point.samples],
     }
 

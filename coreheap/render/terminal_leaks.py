@@ -373,5 +373,9 @@ def _holder_text(point: Accumulation) -> str:
     holder = point.holder
     if isinstance(holder, ChunkView):
         of = f", {shortened(holder.type, NAME_CELLS)}" if holder.type else ""
-        return f"{format_address(holder.payload_address)} ({format_bytes(holder.usable_bytes)}{of})"
+        many = f"{format_count(point.holders)} like " if point.holders > 1 else ""
+        root = f", {shortened(point.root, NAME_CELLS)}" if point.root else ""
+        return printable(
+            f"{many}{format_address(holder.payload_address)} ({format_bytes(holder.usable_bytes)}{of}){root}"
+        )
     return printable(shortened(holder, NAME_CELLS))

@@ -115,6 +115,9 @@ def _remedies(report: Report, items: list[VerdictItem]) -> Iterator[str]:
     if free is not None and free.trim.resident_high >= WORTH_A_WORD * items[0].of_bytes:
         saved = format_bounds(free.trim.resident_low, free.trim.resident_high)
         yield f"malloc_trim(0) would give back {saved}."
+    leads = items[0].topic in ("in_use", "mmapped_chunks")
+    if leads and report.leaks is not None and report.leaks.total().count and report.retained is None:
+        yield "What keeps them alive was not looked for: coreheap top CORE."
     named = [finding for finding in report.findings if finding.severity is not Severity.INFO]
     if named:
         yield f"See {_codes(named)} below."

@@ -325,14 +325,21 @@ def _leak(shown: _Shown) -> str:
 def _possible_leak(shown: _Shown) -> str:
     part = f"{shown['possible_bytes']} ({shown['possible_share']}) of the live chunks may be lost"
     if shown["unreachable_bytes"] == "0 B":
+        if shown.has("encoded_bytes"):
+            return f"{part}: their addresses are kept in another form, or only pointers to their inside lead to them."
         return f"{part}: only pointers to their inside lead to them."
     return f"{part}: nothing in this core leads to {shown['unreachable_bytes']} of it, but not all is in this core."
 
 
 def _accumulation(shown: _Shown) -> str:
+    where = shown["root"] if shown.has("root") else "the roots"
+    if shown.has("holder_address"):
+        many = shown.has("holder_count") and shown["holder_count"] != "1"
+        where = f"{shown['holder_count']} like chunks" if many else f"the chunk at {shown['holder_address']}"
+        where += f" ({shown['root']})" if shown.has("root") else ""
     return (
-        f"{shown['children']} like chunks hang below the chunk at {shown['holder_address']}; they keep "
-        f"{shown['child_retained_bytes']}, {shown['reachable_share']} of all that anything leads to (an estimate)."
+        f"{shown['children']} like chunks hang below {where}; they keep {shown['child_retained_bytes']},"
+        f" {shown['reachable_share']} of all that anything leads to (an estimate)."
     )
 
 

@@ -35,7 +35,7 @@ from tests.real_cores.comparison import (
     verdicts_at,
     words_in,
 )
-from tests.real_cores.conftest import core_or_skip
+from tests.real_cores.conftest import core_or_skip, report_on
 from tests.real_cores.truth import MEANT, Truth, load_truth
 
 INTERFERENCE = 4
@@ -367,6 +367,33 @@ def test_like_nodes_are_named_after_the_variable_that_most_of_them_hang_from() -
     # And the single block.
     assert point.children == nodes + 1
     assert point.child_bytes == 72  # sizeof (struct branch) is 64: the smallest chunk that holds it
+
+
+GROWN = {
+    "growing_queue": ("grown_service", 1),
+    "growing_sessions": ("grown_sessions", 1),
+    "growing_holders": ("grown_lists", 40),
+    "growing_local": ("thread 0 stack", 1),
+}
+"""From where a container hangs that holds nearly all, and in how many holders it is."""
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_what_keeps_nearly_all_is_found_without_being_asked_for(name: str) -> None:
+    paths = core_or_skip(name)
+    report, made = report_on(paths.core), int(load_truth(paths.truth).note("bytes"))
+    found = [finding for finding in report.findings if finding.code == "ACCUMULATION"]
+    assert found
+    root, holders = GROWN[name]
+    assert root in str(found[0].quantity("root"))
+    assert found[0].quantity("holder_count") == holders
+    assert 0.8 * made <= int(str(found[0].quantity("child_retained_bytes"))) <= made
+    assert "LEAK" not in {finding.code for finding in report.findings}
+    # Leftovers do not crowd out what holds them.
+    assert report.retained is not None
+    if name in ("growing_queue", "growing_sessions"):
+        assert report.retained.top[0].retained_bytes >= 0.8 * made
+    assert not [row for row in report.retained.top[:3] if "xsave" in (row.holder or "")]
 
 
 # ------------------------------------------------------------------------------------- leaks alone marked

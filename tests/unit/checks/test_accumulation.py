@@ -21,7 +21,9 @@ TABLE = chunk_view(0x7F3A14010010, 32_776)
 
 
 def point(children: int = 60_000, held: int = 59 * MIB, **changes: Any) -> Accumulation:
-    made = Accumulation(TABLE, 60 * MIB, children, 56, held, (0x7F3A140008D0, 0x7F3A140009D0))
+    made = Accumulation(
+        TABLE, 60 * MIB, children, 56, held, (0x7F3A140008D0, 0x7F3A140009D0), below=children, root="svc jobs"
+    )
     return dataclasses.replace(made, **changes)
 
 
@@ -66,8 +68,42 @@ def test_what_hangs_below_no_chunk_and_what_nobody_asked_for_is_no_finding(case_
     case = case_of(PROCESS)
     assert findings(case) == ()
     assert findings(dataclasses.replace(case, retained=retained())) == ()
-    assert findings(dataclasses.replace(case, retained=retained(point(holder="the roots")))) == ()
+    assert findings(dataclasses.replace(case, retained=retained(point(holder="the roots", root=None)))) == ()
     assert findings(dataclasses.replace(case, retained=retained(point(held=0), reachable=0))) == ()
+
+
+def test_a_variable_that_most_hang_from_is_a_place_as_well(case_of: CaseOf) -> None:
+    case = dataclasses.replace(case_of(PROCESS), retained=retained(point(holder="svc jobs")))
+    (finding,) = findings(case)
+    assert finding.confidence is Confidence.WEAK
+    assert finding.quantity("holder_address") is None
+    assert finding.quantity("root") == "svc jobs"
+    assert not any("coreheap owners" in step for step in finding.next_steps)
+
+
+def test_few_blocks_with_many_below_each_count(case_of: CaseOf) -> None:
+    """The blocks of a std::deque: 64 jobs in each."""
+    case = case_of(PROCESS)
+    (finding,) = findings(dataclasses.replace(case, retained=retained(point(938, below=180_000))))
+    assert finding.quantity("below_count") == 180_000
+    assert findings(dataclasses.replace(case, retained=retained(point(99, below=180_000)))) == ()
+
+
+def test_many_like_holders_are_told_where_no_single_one_is(case_of: CaseOf) -> None:
+    case = case_of(PROCESS)
+    many = point(held=50 * MIB, holders=40)
+    (finding,) = findings(dataclasses.replace(case, retained=retained(many)))
+    assert finding.quantity("holder_count") == 40
+    alone = [
+        finding.quantity("holder_count")
+        for finding in findings(dataclasses.replace(case, retained=retained(many, point(held=30 * MIB))))
+    ]
+    assert alone == [1]
+    beside = [
+        finding.quantity("holder_count")
+        for finding in findings(dataclasses.replace(case, retained=retained(many, point(held=20 * MIB))))
+    ]
+    assert beside == [1, 40]
 
 
 def test_only_the_largest_are_told(case_of: CaseOf) -> None:

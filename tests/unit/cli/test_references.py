@@ -220,8 +220,8 @@ def test_a_command_line_that_makes_no_sense_is_one_error(capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("words", "leaks", "retained"),
     [
-        (["analyze", "c"], True, False),
-        (["analyze", "c", "--no-leaks"], False, False),
+        (["analyze", "c"], True, None),
+        (["analyze", "c", "--no-leaks"], False, None),
         (["analyze", "c", "--retained"], True, True),
         (["arenas", "c"], False, False),
         (["chunks", "c"], False, False),
@@ -232,7 +232,7 @@ def test_a_command_line_that_makes_no_sense_is_one_error(capsys: pytest.CaptureF
     ],
 )
 def test_only_what_is_needed_is_computed(
-    monkeypatch: pytest.MonkeyPatch, words: list[str], leaks: bool, retained: bool
+    monkeypatch: pytest.MonkeyPatch, words: list[str], leaks: bool, retained: bool | None
 ) -> None:
     seen: list[coreheap.AnalysisOptions] = []
 

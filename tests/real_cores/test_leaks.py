@@ -308,7 +308,7 @@ def test_holders_that_no_core_shows(tmp_path: Path) -> None:
         Severity.INFO,
         Confidence.WEAK,
     )
-    assert findings["LEAK"].quantity("definite_count") == (1 << 20) // 8 + 1
+    assert findings["LEAK"].quantity("definite_count") == (1 << 16) // 8 + 1
     assert findings["LEAK"].confidence is Confidence.PLAUSIBLE
 
 

@@ -17,6 +17,7 @@ from enum import Enum
 import numpy as np
 
 import coreheap
+from coreheap.errors import InputNotUsable
 from coreheap.evidence import Confidence
 from coreheap.heap import HeapSnapshot
 from coreheap.leaks import Verdict
@@ -80,14 +81,19 @@ def count() -> Calibration:
 
 
 def _statements_of(name: str) -> list[Statement] | None:
-    """The findings on a core, made anew where its program has changed; None where it cannot be."""
+    """The findings on a core as it lies in the cache; None where it is being made anew."""
+    directory = cores.default_directory()
+    core, key = directory / f"{name}.core", directory / f"{name}.key"
     try:
-        paths = cores.core_for(name)
-    except (cores.CannotMake, cores.RunFailed):
+        made = key.read_text()
+        truth = load_truth(directory / f"{name}.truth.json.gz")
+        with coreheap.open(core) as opened:
+            report = coreheap.analyze(opened)
+        if key.read_text() != made:
+            return None
+    except (FileNotFoundError, InputNotUsable):
         return None
-    case, truth = cores.case_named(name), load_truth(paths.truth)
-    with coreheap.open(paths.core) as opened:
-        report = coreheap.analyze(opened)
+    case = cores.case_named(name)
     judgements = [(finding, *judged(finding, report, truth, case)) for finding in report.findings]
     return [Statement(name, f.code, f.confidence.value, judgement, why) for f, judgement, why in judgements]
 

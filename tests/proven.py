@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import FunctionType
 
 from coreheap.allocators.glibc.layouts import GENERATIONS
-from tests import glibc_facts
+from tests import glibc_facts, proven_campaign
 from tests.real_cores import targets
 from tests.real_cores.cases import CASES, EXCLUSIONS, MATRIX
 from tests.unit.allocators import test_built_heaps
@@ -58,6 +58,9 @@ comes, and `scripts/verify_layouts` prints which.
 
 {exclusions}
 
+{campaign}
+## What nothing here proves
+
 Releases without *real* in their row rest on built heaps and the facts: no package of them can be had any more. Not proven
 at all: aarch64 on its own hardware (its cores come from qemu-user, whose notes differ from a kernel's), and libcs that a
 distribution patched in malloc's structures.
@@ -73,6 +76,7 @@ def page() -> str:
         unusual="\n".join(_unusual_rows()),
         real="\n".join(_real_rows()),
         exclusions="\n".join(_exclusion_rows()),
+        campaign=proven_campaign.sections(),
     )
 
 

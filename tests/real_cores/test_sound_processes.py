@@ -62,6 +62,23 @@ def test_a_handler_that_came_in_the_middle_of_malloc_leaves_doubt(case: str, con
         assert judged.confidence is confidence
 
 
+def test_only_what_a_thread_inside_malloc_holds_is_in_doubt() -> None:
+    """It was interrupted in libc: a chunk whose address it does not hold is none that it was changing."""
+    with coreheap.open(core_or_skip("interrupted_libc").core) as core:
+        heap = coreheap.analyze(core).heap
+        copies = identify_copies(core)
+        assert copies is not None and heap is not None
+        judge = Judge(core, copies.found, survey_arenas(core, copies.found).arenas, heap.chunks.index)
+        arena = heap.arenas[0].address
+        (batch,) = [batch for batch in heap.chunks.batches() if batch.arena == 0 and not batch.is_mmapped][:1]
+        headers = batch.header_address.tolist()
+        held = {judge.judged(Anomaly("list_looks_in_use", header, "", "", arena=0)).confidence for header in headers}
+        of_the_arena = judge.judged(Anomaly("top_size_mismatch", headers[0], "", "", arena=0, word_address=arena))
+    # strlen works on no block and on no arena.
+    assert held == {Confidence.STRONG}
+    assert of_the_arena.confidence is Confidence.CERTAIN
+
+
 @pytest.mark.parametrize("of_the_past", [True, False])
 def test_a_count_of_a_thread_that_fork_left_behind_is_no_damage(of_the_past: bool, tmp_path: Path) -> None:
     """fork takes the arenas' locks and waits for no tcache: the parent's other threads may have been in the middle of theirs."""

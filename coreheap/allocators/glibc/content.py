@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from coreheap.allocators.glibc.judgement import Judge
 from coreheap.allocators.glibc.records import Layout
-from coreheap.allocators.glibc.structures import FLAGS, IS_MMAPPED, SAFE_LINKING_SHIFT
+from coreheap.allocators.glibc.structures import FLAGS, IS_MMAPPED, SAFE_LINKING_SHIFT, WORDS_OF_A_FREE_CHUNK
 from coreheap.corefile import Core
 from coreheap.evidence import Anomaly
 from coreheap.heap import BINNED_STATES, ChunkBatch, ChunkTable
@@ -28,9 +28,6 @@ Bools = npt.NDArray[np.bool_]
 
 VARIABLE = "MALLOC_PERTURB_"
 TUNABLE = "glibc.malloc.perturb"
-WORDS_OF_A_FREE_CHUNK = 6
-"""prev_size, size, fd, bk, fd_nextsize, bk_nextsize: what malloc writes into a chunk that is free."""
-
 WORDS_NEAR_A_HEADER = 16
 """How far behind an old header links of others may be left that began before it: they lie over one another."""
 

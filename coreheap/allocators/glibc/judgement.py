@@ -21,7 +21,7 @@ from coreheap.allocators.glibc.free_checks import (
 from coreheap.allocators.glibc.identify import Identification
 from coreheap.allocators.glibc.messages import RULES, UNKNOWN_RULE, Moment, Said, messages_for, releases_of
 from coreheap.allocators.glibc.standing import SIGABRT, Standing, Standings, touched
-from coreheap.allocators.glibc.structures import FLAGS, IS_MMAPPED, NON_MAIN_ARENA, PREV_INUSE
+from coreheap.allocators.glibc.structures import FLAGS, IS_MMAPPED, NON_MAIN_ARENA, PREV_INUSE, WORDS_OF_A_FREE_CHUNK
 from coreheap.corefile import Core
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Anomaly, Confidence
@@ -242,7 +242,7 @@ class Judge:
         for word in tuple(places):
             for chunk in self._chunks_around(word):
                 header = int(chunk_extents(self.index, np.array([chunk], np.int64))[0][0])
-                places.update((header, header + 2 * self.memory.word_bytes))
+                places.update(header + number * self.memory.word_bytes for number in range(WORDS_OF_A_FREE_CHUNK))
         return places
 
     def _chunks_around(self, address: int) -> range:

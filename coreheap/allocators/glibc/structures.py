@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 PREV_INUSE, IS_MMAPPED, NON_MAIN_ARENA, FLAGS = 1, 2, 4, 7
 """The lowest bits of a chunk's size word, and all of them (glibc malloc.c, SIZE_BITS, 2.12-2.44)."""
+WORDS_OF_A_FREE_CHUNK = 6
+"""prev_size, size, fd, bk, fd_nextsize, bk_nextsize: what malloc writes into a chunk that is free."""
+
 SAFE_LINKING_SHIFT = 12
 """A link in a tcache or fastbin is its target ^ (its own address >> 12) (glibc malloc.c, PROTECT_PTR, 2.32-2.44)."""
 

@@ -67,7 +67,8 @@ def test_only_what_a_thread_inside_malloc_holds_is_in_doubt() -> None:
     with coreheap.open(core_or_skip("interrupted_libc").core) as core:
         heap = coreheap.analyze(core).heap
         copies = identify_copies(core)
-        assert copies is not None and heap is not None
+        assert copies is not None
+        assert heap is not None
         judge = Judge(core, copies.found, survey_arenas(core, copies.found).arenas, heap.chunks.index)
         arena = heap.arenas[0].address
         (batch,) = [batch for batch in heap.chunks.batches() if batch.arena == 0 and not batch.is_mmapped][:1]

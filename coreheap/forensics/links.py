@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from coreheap.damage import DamagedPlace, DamageKind, Pattern, PatternKind, Repair
 from coreheap.evidence import Anomaly, Strength
 from coreheap.forensics.culprits import Told, differing
@@ -16,7 +14,6 @@ from coreheap.forensics.patterns import Foreign, PatternReader
 from coreheap.forensics.places import FLAGS, Places
 from coreheap.forensics.suspicion import Suspicion
 from coreheap.heap import BINNED_STATES, LISTED_FREE_STATES, ChunkState, FreeList
-from coreheap.kernels import chunk_extents
 from coreheap.quantities import AddressRange, format_address
 
 TWO_SIDED = frozenset(
@@ -36,6 +33,7 @@ SUMS = frozenset({"system_mem_damaged", "more_than_system_mem", "mmapped_bytes_m
 """Codes of amounts of memory."""
 
 CANDIDATES_NAMED = 4
+MOST_SEARCHES = 8
 
 PAGE_SHIFT = 12
 """glibc's, of safe linking (malloc.c, PROTECT_PTR, 2.32 on)."""
@@ -53,6 +51,7 @@ class LinkReader:
         self.patterns = patterns
         self.word = places.word_bytes
         self.page_bytes = places.page_bytes
+        self._searches = 0
 
     def read(self, suspicion: Suspicion) -> Told | None:
         """What a suspicion comes to that names no damaged header; None where it names no word that can be read."""
@@ -343,20 +342,22 @@ class LinkReader:
             told.hold(f"{count} blocks of this list's sizes are given out: {names}{more}", Strength.HINT)
 
     def _given_out_of(self, free_list: FreeList) -> tuple[int, list[int]]:
-        """How many blocks in use have sizes of a list, in its arena where it has one; and the first of them."""
-        index = self.places.index
-        chunks = np.flatnonzero(index.state == ChunkState.IN_USE).astype(np.int64)
-        chunks = chunks[chunks < index.region_chunks]
-        if free_list.arena is not None:
-            of_arena = [region for region in self.places.heap.chunks.regions if region.arena == free_list.arena]
-            inside = np.zeros(len(chunks), np.bool_)
-            for region in of_arena:
-                inside |= (chunks >= region.first_chunk) & (chunks < region.first_chunk + region.chunk_count)
-            chunks = chunks[inside]
-        headers, sizes = chunk_extents(index, chunks)
-        payloads = headers[(sizes >= free_list.chunk_bytes_low) & (sizes <= free_list.chunk_bytes_high)]
-        payloads = payloads + np.uint64(self.places.header_bytes)
-        return len(payloads), payloads[:CANDIDATES_NAMED].tolist()
+        """How many blocks in use have sizes of a list, in its arena where it has one; and the first of them.
+
+        Nothing for more than MOST_SEARCHES lists: with so many heads that lead nowhere it is the structure that was written over.
+        """
+        self._searches += 1
+        if self._searches > MOST_SEARCHES:
+            return 0, []
+        count, first = 0, list[int]()
+        for batch in self.places.heap.chunks.batches():
+            if batch.is_mmapped or free_list.arena not in (None, batch.arena):
+                continue
+            fits = (batch.state == ChunkState.IN_USE) & (batch.chunk_bytes >= free_list.chunk_bytes_low)
+            fits &= batch.chunk_bytes <= free_list.chunk_bytes_high
+            count += int(fits.sum())
+            first += batch.payload_address[fits][: CANDIDATES_NAMED - len(first)].tolist()
+        return count, first
 
     def _of_short_top(self, told: Told, suspicion: Suspicion) -> bool:
         """Whether system_mem counts a part of the heap twice that begins at the marks of an earlier end.

@@ -237,13 +237,20 @@ class Judge:
             end = state.address + self.layout.state.byte_count
             if anomaly.code in OF_THE_ARENA or any(state.address <= word < end for word in places):
                 places.update(range(state.address, end, self.memory.word_bytes))
+        if anomaly.header_address is not None and anomaly.observed_word is not None:
+            # A chunk that is being split: what is left of it begins where its new size ends.
+            places.update(self._words_from(anomaly.header_address + (anomaly.observed_word & ~FLAGS)))
         if self.index is None:
             return places
         for word in tuple(places):
             for chunk in self._chunks_around(word):
                 header = int(chunk_extents(self.index, np.array([chunk], np.int64))[0][0])
-                places.update(header + number * self.memory.word_bytes for number in range(WORDS_OF_A_FREE_CHUNK))
+                places.update(self._words_from(header))
         return places
+
+    def _words_from(self, header: int) -> range:
+        """Where malloc may write in a chunk."""
+        return range(header, header + WORDS_OF_A_FREE_CHUNK * self.memory.word_bytes, self.memory.word_bytes)
 
     def _chunks_around(self, address: int) -> range:
         """The chunk that holds an address, and its neighbours."""

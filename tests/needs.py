@@ -64,9 +64,9 @@ def told(reasons: Iterable[str], tests: int) -> list[str]:
     lines = [f"{len(reasons):,} of {tests:,} tests were skipped:"]
     if for_packages:
         named = ", ".join(f"{name} ({count:,})" for name, count in packages.most_common())
-        lines.append(f"{for_packages:7,}  for want of packages: {named}")
+        lines.append(f"{for_packages:7,}  need packages: {named}")
     if cores:
-        lines.append(f"{cores:7,}  for want of cores of other glibc releases, some 1 GB of downloads: {_CORES}")
+        lines.append(f"{cores:7,}  need cores of other glibc releases (some 1 GB of downloads): {_CORES}")
     for reason, count in others.most_common(REASONS_SHOWN):
         lines.append(f"{count:7,}  {reason}")
     rest = sum(count for _, count in others.most_common()[REASONS_SHOWN:])

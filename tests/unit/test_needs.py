@@ -65,8 +65,8 @@ def test_what_was_skipped_is_told_by_its_remedy() -> None:
     ]
     lines = needs.told(reasons, 1000)
     assert lines[0] == f"{len(reasons)} of 1,000 tests were skipped:"
-    assert "      4  for want of packages: gdb (2), zstd (1), gcc-i686-linux-gnu (1), libc6-dev (1)" in lines
-    assert any(line.startswith("      1  for want of cores of other glibc releases") for line in lines)
+    assert "      4  need packages: gdb (2), zstd (1), gcc-i686-linux-gnu (1), libc6-dev (1)" in lines
+    assert any(line.startswith("      1  need cores of other glibc releases") for line in lines)
     assert any("core_pattern sends cores elsewhere; as root" in line for line in lines)
     assert lines[-1] == "      1  for other reasons; pytest -ra tells them"
     assert needs.told([], 1000) == []

@@ -123,7 +123,8 @@ def analyze_with_references(core: Core, options: AnalysisOptions | None = None) 
     gaps += settings.gaps if settings else ()
     gaps += account.gaps
     damage = _find_damages(core, heap, search, defects)
-    crash = _answer("crash", partial(find_crash, core, heap, stacks, damage.damages), defects)
+    holders = search.references.holders if search is not None and search.references is not None else None
+    crash = _answer("crash", partial(find_crash, core, heap, stacks, damage.damages, holders), defects)
     if crash is not None and crash.abort_message is not None:
         damage = replace(damage, damages=held_against(damage.damages, plain_message(crash.abort_message.text)))
     findings = _run_checks(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from coreheap.damage import ChunkPlace
-from coreheap.evidence import Confidence
+from coreheap.evidence import Confidence, Evidence
+from coreheap.heap import ChunkState
 
 
 class FaultKind(Enum):
@@ -105,6 +106,76 @@ class AbortMessage:
     pointer: int | None = None
 
 
+class WrongFreeKind(Enum):
+    """What was wrong with the pointer that free or realloc was given."""
+
+    FREED_TWICE = "freed_twice"
+    """A block that is free already."""
+    INSIDE_LIVE_BLOCK = "inside_live_block"
+    INSIDE_FREED_BLOCK = "inside_freed_block"
+    """Free memory, not at the start of what is free now: a part of a block that was freed, or one that was joined with others."""
+    NOT_FROM_MALLOC = "not_from_malloc"
+    """A stack, a variable, a mapping of somebody else."""
+    NOT_MAPPED = "not_mapped"
+    """Nothing is there: a large block that was given back to the system, or no address at all."""
+    UNKNOWN_BLOCK = "unknown_block"
+    """A block that is free already; which of several was not found."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrongFree:
+    """A call of free or realloc that glibc refused, or that failed at once, while malloc's own data is as it should be.
+
+    ``address`` is what the function was given, None where that was not found. ``listed_in``: the state of the free block; its tcache's
+    thread is ``listed_thread``. ``others``: further addresses for which glibc would have said the same and that stand near; the
+    pointer may be one of these. ``holders``: who points to the block, in words, at most some. ``message``: glibc's, None for a fault.
+    """
+
+    kind: WrongFreeKind
+    function: str
+    address: int | None
+    place: PlaceNote | None
+    listed_in: ChunkState | None
+    listed_thread: int | None
+    caller: int | None
+    message: str | None
+    others: tuple[int, ...]
+    evidence: tuple[Evidence, ...]
+    confidence: Confidence
+    weakened_by: tuple[str, ...] = ()
+    holders: tuple[str, ...] = ()
+
+
+class StaleUseKind(Enum):
+    """What was read from a freed block and then used."""
+
+    VIRTUAL_TABLE = "virtual_table"
+    """Its first word, as the address of a table of functions."""
+    FUNCTION_POINTER = "function_pointer"
+    POINTER = "pointer"
+
+
+@dataclass(frozen=True, slots=True)
+class StaleUse:
+    """A word of a freed block that the program took for a pointer and followed when it failed.
+
+    ``offset``: of the word in the block ``chunk``, which is free, or which is another's by now (``is_given_again``). ``register``: what
+    held the word, or leads to the block. ``slot``: the word that still has the block's address where others of its kind are held; None
+    where that was not found.
+    """
+
+    kind: StaleUseKind
+    chunk: ChunkPlace
+    offset: int
+    register: str
+    is_given_again: bool
+    slot: int | None
+    evidence: tuple[Evidence, ...]
+    confidence: Confidence
+    weakened_by: tuple[str, ...] = ()
+    holders: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class CrashContext:
     """How the process ended. Fields are None where the core does not say.
@@ -133,3 +204,5 @@ class CrashContext:
     signature_parts: tuple[str, ...]
     handled_signal: int | None = None
     handled_signal_name: str | None = None
+    wrong_free: WrongFree | None = None
+    stale_use: StaleUse | None = None

@@ -21,11 +21,13 @@ from coreheap.leaks import (
     OPTIONAL_HEURISTICS,
     Explanation,
     Heuristic,
+    Holder,
     LeakReport,
     OwnerNode,
+    Place,
     RetainedReport,
 )
-from coreheap.quantities import format_count
+from coreheap.quantities import format_address, format_count
 from coreheap.references import (
     ReferenceGraph,
     build_graph,
@@ -45,6 +47,7 @@ SMALLEST_LIVE_BYTES = 1 << 20
 RETAINED_CHUNK_SECONDS, RETAINED_EDGE_SECONDS = 0.5e-6, 0.1e-6
 LEAST_SECONDS, CHUNK_SECONDS, BYTE_SECONDS = 0.25, 0.15e-6, 0.4e-9
 """What retained sizes cost, and what all else does: measured, and fixed so that every machine decides alike."""
+HOLDERS_READ = 64
 
 
 class References:
@@ -79,6 +82,18 @@ class References:
         Empty where no chunk holds the address, or nothing refers to it.
         """
         return owners(self._graph, address, depth, limit)
+
+    def holders(self, address: int) -> tuple[Holder, ...]:
+        """Who refers to the chunk at an address; a few, those that are no words of stacks or registers first."""
+        found = []
+        for node in owners(self._graph, address, 1, HOLDERS_READ):
+            source = node.reference.source
+            if isinstance(source, Place):
+                found.append((source.kind.is_weak, Holder(source.name, source.address)))
+            else:
+                start = source.payload_address
+                found.append((False, Holder(f"block {format_address(start)}", start + node.reference.source_offset)))
+        return tuple(holder for _, holder in sorted(found, key=lambda item: item[0]))
 
     def retained(self, count: int = RETAINED_ROWS) -> RetainedReport:
         """The ``count`` chunks that retain most, and the accumulation points, the largest first."""

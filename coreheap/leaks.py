@@ -174,6 +174,14 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
+class Holder:
+    """Who refers to a block, in words, and the address of the word that does; None for a register."""
+
+    name: str
+    address: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class LeakGroup:
     """Chunks with the same verdict, size class and type: one suspect.
 

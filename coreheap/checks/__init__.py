@@ -18,6 +18,7 @@ from coreheap.checks import (
     tcache_hoard,
     threshold_ratchet,
     unjoined_threads,
+    wrong_free,
 )
 from coreheap.checks.protocol import Case, Check
 
@@ -25,6 +26,7 @@ CHECKS = (
     Check("partial core", partial_core.findings),
     Check("other allocator", other_allocator.findings),
     Check("allocator abort", allocator_abort.findings),
+    Check("wrong free", wrong_free.findings),
     Check("corruption", corruption.findings),
     Check("allocator locked", allocator_locked.findings),
     Check("arena bloat", arena_bloat.findings),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from coreheap.checks.protocol import Case
-from coreheap.crash import AbortKind, AbortMessage
+from coreheap.crash import AbortKind, AbortMessage, FaultKind, WrongFree
 from coreheap.crashes.abort_message import MALLOC_MESSAGE, plain_message
 from coreheap.damage import Damage
 from coreheap.evidence import Confidence, Evidence, Strength, confidence_from
@@ -55,14 +55,21 @@ def findings(case: Case) -> tuple[Finding, ...]:
                 Quantity("locked_arenas", len(locked), Unit.COUNT),
                 *_of_pointer(message),
                 *_of_damage(explained),
+                *_of_wrong_free(case.crash.wrong_free if case.crash is not None else None),
             ),
             evidence=(evidence,),
-            next_steps=_NEXT_STEPS.get(
-                message.kind, ("read the message: it is from assert, fortify or the stack protector",)
-            ),
+            next_steps=_next_steps(message, case.crash.wrong_free if case.crash is not None else None),
             weakened_by=("an earlier message stays in memory when the process survived it (a handler for SIGABRT)",),
         ),
     )
+
+
+def _next_steps(message: AbortMessage, wrong: WrongFree | None) -> tuple[str, ...]:
+    """What helps; where the pointer that glibc refused is known, the finding about it says that."""
+    if wrong is not None and wrong.confidence.rank >= Confidence.STRONG.rank:
+        return ()
+    otherwise = ("read the message: it is from assert, fortify or the stack protector",)
+    return _NEXT_STEPS.get(message.kind, otherwise)
 
 
 def explaining_damage(message: AbortMessage, damages: Iterable[Damage]) -> Damage | None:
@@ -82,6 +89,12 @@ def explaining_damage(message: AbortMessage, damages: Iterable[Damage]) -> Damag
 
 def _of_pointer(message: AbortMessage) -> tuple[Quantity, ...]:
     return () if message.pointer is None else (Quantity("pointer", message.pointer, Unit.ADDRESS),)
+
+
+def _of_wrong_free(wrong: WrongFree | None) -> tuple[Quantity, ...]:
+    if wrong is None or wrong.place is None or wrong.place.kind is FaultKind.NON_CANONICAL:
+        return ()
+    return (Quantity("refused_address", wrong.address, Unit.ADDRESS),)
 
 
 def _of_damage(damage: Damage | None) -> tuple[Quantity, ...]:

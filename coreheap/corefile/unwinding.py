@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from coreheap.corefile import elf
@@ -69,7 +69,8 @@ class HandledSignal:
 class Step:
     """One frame. ``is_exact``: the program counter is that of an instruction to be run, not one behind a call.
 
-    ``interrupted_by``: the signal whose handler the frames before this one are.
+    ``interrupted_by``: the signal whose handler the frames before this one are. ``registers``: what is known of them, by DWARF
+    number; behind a call those that it preserves.
     """
 
     program_counter: int
@@ -78,6 +79,7 @@ class Step:
     is_certain: bool
     is_exact: bool
     interrupted_by: HandledSignal | None = None
+    registers: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def code_address(self) -> int:
@@ -142,7 +144,9 @@ class _Unwinder:
         names = self._machine.numbers
         registers = {names[name]: value for name, value in thread.registers.items() if name in names}
         state = _State(registers, thread.program_counter, True)
-        found = [Step(state.program_counter, thread.stack_pointer, FrameSource.REGISTERS, True, True)]
+        found = [
+            Step(state.program_counter, thread.stack_pointer, FrameSource.REGISTERS, True, True, registers=registers)
+        ]
         signal_frames = 0
         while True:
             if len(found) >= FRAME_LIMIT:
@@ -167,7 +171,15 @@ class _Unwinder:
             is_certain = found[-1].is_certain and source in (FrameSource.REGISTERS, FrameSource.CALL_FRAME_INFORMATION)
             signal = self._signal_of(state, caller) if is_signal else None
             found.append(
-                Step(caller.program_counter, caller.registers[sp], source, is_certain, caller.is_exact, signal)
+                Step(
+                    caller.program_counter,
+                    caller.registers[sp],
+                    source,
+                    is_certain,
+                    caller.is_exact,
+                    signal,
+                    caller.registers,
+                )
             )
             state = caller
 

@@ -7,6 +7,7 @@ crash is shown.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import PurePosixPath
 
@@ -15,7 +16,7 @@ from coreheap.corefile.stacks import Stacks
 from coreheap.corefile.unwinding import HandledSignal
 from coreheap.crash import CrashContext, FaultKind, PlaceNote, RegisterNote
 from coreheap.crashes.abort_message import find_abort_message
-from coreheap.crashes.backtrace import Backtrace, FunctionNames, backtrace, is_inside_malloc
+from coreheap.crashes.backtrace import Backtrace, FunctionNames, backtrace, frames_of_malloc, is_inside_malloc
 from coreheap.crashes.places import Places, is_canonical
 from coreheap.crashes.signals import (
     BUS_ADRERR,
@@ -31,11 +32,15 @@ from coreheap.crashes.signals import (
     signal_name,
 )
 from coreheap.crashes.signature import signature_of, signature_parts
-from coreheap.damage import Damage
+from coreheap.crashes.stale_objects import Holders, StaleObjects
+from coreheap.crashes.wrong_free import find_wrong_free
+from coreheap.damage import ChunkPlace, Damage
 from coreheap.errors import MemoryFault
-from coreheap.heap import HeapSnapshot
+from coreheap.heap import ChunkState, HeapSnapshot
 
 __all__ = ["find_crash"]
+
+HOLDERS_NAMED = 4
 
 _FAULTS = (SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP)
 _NOTED = (FaultKind.FREED_CHUNK, FaultKind.DAMAGED_CHUNK, FaultKind.ALLOCATOR_DATA)
@@ -48,11 +53,16 @@ _NO_POINTERS = (
 
 
 def find_crash(
-    core: Core, heap: HeapSnapshot | None, stacks: Stacks, damages: Sequence[Damage] = ()
+    core: Core,
+    heap: HeapSnapshot | None,
+    stacks: Stacks,
+    damages: Sequence[Damage] = (),
+    holders: Holders | None = None,
 ) -> CrashContext | None:
     """How the process ended; None for one that was dumped while it lived, without a signal or an abort message.
 
-    The thread that the core was written for is the first one.
+    The thread that the core was written for is the first one. ``holders`` names who points to the block at an address; None where
+    references were not searched.
     """
     process = core.process
     message = find_abort_message(core) if process.signal in (SIGABRT, None) else None
@@ -73,6 +83,10 @@ def find_crash(
     handled_name = signal_name(handled.number) if handled is not None else None
     program = PurePosixPath(process.executable).name
     parts = signature_parts(name, fault, message, damages, telling, build_ids, handled_name, program)
+    wrong = find_wrong_free(core, heap, places, thread.index, trace, message, fault if handled is None else None)
+    stale = None
+    if heap is not None and fault is not None and wrong is None and not _is_in_malloc(core, trace, number):
+        stale = StaleObjects(core, places, trace, number, damages, holders).find(fault)
     return CrashContext(
         thread=thread.index,
         lwp=thread.lwp,
@@ -91,7 +105,24 @@ def find_crash(
         signature_parts=parts,
         handled_signal=handled.number if handled is not None else None,
         handled_signal_name=handled_name,
+        wrong_free=replace(wrong, holders=_names(holders, wrong.place.chunk if wrong.place else None))
+        if wrong
+        else None,
+        stale_use=replace(stale, holders=_names(holders, stale.chunk, stale.slot)) if stale else None,
     )
+
+
+def _names(holders: Holders | None, chunk: ChunkPlace | None, slot: int | None = None) -> tuple[str, ...]:
+    """Who points to a block, in words, the word at ``slot`` first; nobody to top, which no program has."""
+    if holders is None or chunk is None or chunk.state is ChunkState.TOP:
+        return ()
+    found = sorted(holders(chunk.payload_address), key=lambda holder: holder.address != slot or slot is None)
+    return tuple(dict.fromkeys(holder.name for holder in found))[:HOLDERS_NAMED]
+
+
+def _is_in_malloc(core: Core, trace: Backtrace, row: int) -> bool:
+    """Whether a frame is malloc's own: what it follows into nothing is a link of its lists."""
+    return row in frames_of_malloc(core, trace, is_refusal=False)
 
 
 def _handled_fault(trace: Backtrace) -> tuple[int, HandledSignal | None]:
@@ -163,6 +194,11 @@ def _non_canonical(core: Core, thread: Thread) -> PlaceNote | None:
                 wrong = [name for name in operand.registers if not is_canonical(registers[name], core.machine)]
                 cause = f"{' and '.join(wrong or operand.registers)} of the instruction that failed"
                 return PlaceNote(operand.address, FaultKind.NON_CANONICAL, f"no address on x86-64: {cause}")
+        target = _target_of_call(core, counter, registers)
+        if target is not None:
+            return PlaceNote(
+                target, FaultKind.NON_CANONICAL, "no address on x86-64: where the instruction that failed goes"
+            )
         if code[0] in (0xC3, 0xC2) or code[:2] == b"\xf3\xc3":
             return _returned_to(core, thread)
         return None
@@ -175,6 +211,15 @@ def _non_canonical(core: Core, thread: Thread) -> PlaceNote | None:
         return None
     text = f"no address on x86-64: {wrong[0]}, the only such register (the instruction is not in the core)"
     return PlaceNote(registers[wrong[0]], FaultKind.NON_CANONICAL, text)
+
+
+def _target_of_call(core: Core, counter: int, registers: Mapping[str, int]) -> int | None:
+    """Where a call or jump through memory would have gone, when that is no address."""
+    from coreheap.corefile.register_history import accessed_at
+
+    accessed = accessed_at(core, counter, registers)
+    target = accessed.target.word if accessed is not None and accessed.target is not None else None
+    return target if target is not None and not is_canonical(target, core.machine) else None
 
 
 def _returned_to(core: Core, thread: Thread) -> PlaceNote | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from coreheap.corefile import Core, ElfFile, Module, Thread, elf
 from coreheap.corefile.function_symbols import FunctionTable, row_bytes, tables_of
+from coreheap.corefile.machines import MACHINES
 from coreheap.corefile.stacks import Stacks
 from coreheap.corefile.unwinding import HandledSignal, ModuleMap, Step, unwind
 from coreheap.crash import Frame, FrameSource
@@ -133,11 +134,13 @@ class FunctionNames:
 class Backtrace:
     """The frames of a thread, the innermost first, and why they end.
 
-    ``handled``: the signals that interrupted frames, by the frame's number. ``stack_pointers``: each frame's.
+    ``handled``: the signals that interrupted frames, by the frame's number. ``stack_pointers`` and ``registers``, by name and as
+    far as they are known: each frame's.
     """
 
     frames: tuple[Frame, ...]
     stack_pointers: tuple[int, ...]
+    registers: tuple[Mapping[str, int], ...]
     end: str
     handled: Mapping[int, HandledSignal]
 
@@ -150,7 +153,9 @@ def backtrace(core: Core, thread: Thread, stacks: Stacks, names: FunctionNames) 
     modules = ModuleMap(core)
     frames = tuple(_frame(number, step, modules, names) for number, step in enumerate(steps))
     handled = {number: step.interrupted_by for number, step in enumerate(steps) if step.interrupted_by is not None}
-    return Backtrace(frames, tuple(step.stack_pointer for step in steps), end, handled)
+    names_of = {number: name for name, number in MACHINES[core.machine].numbers.items()}
+    registers = tuple({names_of[number]: value for number, value in step.registers.items()} for step in steps)
+    return Backtrace(frames, tuple(step.stack_pointer for step in steps), registers, end, handled)
 
 
 def _frame(number: int, step: Step, modules: ModuleMap, names: FunctionNames) -> Frame:
@@ -167,6 +172,35 @@ def _frame(number: int, step: Step, modules: ModuleMap, names: FunctionNames) ->
         is_certain=step.is_certain,
         is_interrupted=number > 0 and step.is_exact,
     )
+
+
+def frames_of_malloc(core: Core, trace: Backtrace, *, is_refusal: bool) -> range:
+    """The numbers of the first run of frames that are malloc's own, by name or by their place between malloc's functions; the last
+    one is what the program called. Empty where none is known.
+
+    ``is_refusal``: malloc called abort. Then what lies between abort and the first function that is named otherwise, or of another
+    module, is malloc's: free jumps to functions without a name.
+    """
+    modules = ModuleMap(core)
+    ranges: dict[int, tuple[int, int] | None] = {}
+    first = last = None
+    of_abort: Module | None = None
+    for frame in trace.frames:
+        module = modules.at(frame.program_counter - 1)
+        if frame.source is FrameSource.STACK_SCAN or module is None:
+            break
+        if module.start not in ranges:
+            ranges[module.start] = _range_of_malloc(module)
+        between = ranges[module.start]
+        is_own = between is not None and between[0] <= frame.program_counter - 1 < between[1]
+        is_own |= is_refusal and module is of_abort
+        if is_own if frame.symbol is None else is_malloc_function(frame.symbol):
+            first, last = frame.number if first is None else first, frame.number
+        elif last is not None:
+            break
+        if frame.symbol == "abort":
+            of_abort = module
+    return range(0) if first is None or last is None else range(first, last + 1)
 
 
 def is_inside_malloc(core: Core, trace: Backtrace, names: FunctionNames) -> bool | None:

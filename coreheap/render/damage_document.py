@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from coreheap.crash import AbortMessage, CrashContext, Frame, PlaceNote
+from coreheap.crash import AbortMessage, CrashContext, Frame, PlaceNote, StaleUse, WrongFree
 from coreheap.damage import ChunkPlace, Damage, Pattern
 from coreheap.render.damage_wording import observed_word
 from coreheap.render.discretion import discreet_address, discreet_word, without_content
@@ -75,8 +75,47 @@ def crash_value(crash: CrashContext | None) -> Json:
         "frames_end": text_value(crash.frames_end),
         "abort_message": _abort_message(crash.abort_message),
         "inside_malloc": crash.inside_malloc,
+        "wrong_free": _wrong_free(crash.wrong_free),
+        "stale_use": _stale_use(crash.stale_use),
         "signature": text_value(crash.signature),
         "signature_parts": [text_value(part) for part in crash.signature_parts],
+    }
+
+
+def _wrong_free(wrong: WrongFree | None) -> Json:
+    if wrong is None:
+        return None
+    return {
+        "kind": wrong.kind.value,
+        "function": wrong.function,
+        "address": address_value(None if wrong.address is None else discreet_address(wrong.address)),
+        "place": _place(wrong.place),
+        "listed_in": None if wrong.listed_in is None else wrong.listed_in.label,
+        "listed_thread": wrong.listed_thread,
+        "caller": wrong.caller,
+        "message": text_or_null(wrong.message),
+        "other_addresses": [address_value(discreet_address(other)) for other in wrong.others],
+        "holders": [text_value(holder) for holder in wrong.holders],
+        "confidence": wrong.confidence.value,
+        "evidence": evidence_value(wrong.evidence, discreet=True),
+        "weakened_by": [text_value(reason) for reason in wrong.weakened_by],
+    }
+
+
+def _stale_use(stale: StaleUse | None) -> Json:
+    if stale is None:
+        return None
+    return {
+        "kind": stale.kind.value,
+        "chunk": _chunk(stale.chunk),
+        "offset": stale.offset,
+        "register": text_value(stale.register),
+        "is_given_again": stale.is_given_again,
+        "slot": address_value(stale.slot),
+        "holders": [text_value(holder) for holder in stale.holders],
+        "confidence": stale.confidence.value,
+        "evidence": evidence_value(stale.evidence, discreet=True),
+        "weakened_by": [text_value(reason) for reason in stale.weakened_by],
     }
 
 

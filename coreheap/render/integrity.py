@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from coreheap.crash import AbortKind
+from coreheap.crash import AbortKind, WrongFree
 from coreheap.damage import Damage, DamageKind
 from coreheap.evidence import Confidence, Gap
 from coreheap.heap import IN_KNOWN_BLOCKS, Arena, HeapSnapshot
@@ -50,6 +50,8 @@ class Soundness(Enum):
     """All that is known of malloc's data was looked at, and nothing contradicts it."""
     DAMAGED = "damaged"
     """Something is damaged, certainly or with strong confidence, or malloc itself found it; who did it may be less sure."""
+    WRONG_FREE = "wrong_free"
+    """Sound as well, and the process was stopped because free or realloc was given a wrong pointer."""
     UNKNOWN = "unknown"
     """Not all could be looked at, or what looks wrong may have another reason."""
 
@@ -126,12 +128,21 @@ def _verdict(
         # What malloc looked at in the living process was damaged, wherever it was.
         found = () if report.damages else ("where the damage is was not found here",)
         return Soundness.DAMAGED, Confidence.STRONG, (*_suspicions(report), *found)
+    wrong = wrong_free_of(report)
     doubts = (*_suspicions(report), *_not_looked_at(report, heap))
     if doubts:
         return Soundness.UNKNOWN, None, doubts
-    weakened = (*_refused(report), *(gap.consequence for gap in heap.gaps if _is_harmless(gap)))
+    harmless = tuple(gap.consequence for gap in heap.gaps if _is_harmless(gap))
+    if wrong is not None:
+        return Soundness.WRONG_FREE, Confidence.STRONG, (*wrong.weakened_by, *harmless)
     # Never certain: a write that left malloc's own data alone is not seen.
-    return Soundness.SOUND, Confidence.STRONG, weakened
+    return Soundness.SOUND, Confidence.STRONG, (*_refused(report), *harmless)
+
+
+def wrong_free_of(report: Report) -> WrongFree | None:
+    """The wrong call that stopped the process, where it is more than a suspicion."""
+    wrong = report.crash.wrong_free if report.crash is not None else None
+    return wrong if wrong is not None and wrong.confidence.rank >= Confidence.STRONG.rank else None
 
 
 def last_words(report: Report) -> str:
@@ -147,6 +158,8 @@ def _malloc_confirms(report: Report) -> bool:
     words = last_words(report)
     if any(damage.message is not None and damage.message in words for damage in report.damages) and words:
         return True
+    if wrong_free_of(report) is not None:
+        return False
     return bool(words) and not any(part in words for part in (*ABOUT_A_CALL, *PERHAPS_ABOUT_A_CALL))
 
 
@@ -170,7 +183,8 @@ def _suspicions(report: Report) -> Iterator[str]:
         places = "one place looks" if moments == 1 else f"{format_count(moments)} places look"
         yield f"{places} as malloc itself leaves it for a moment, and a thread was inside malloc"
     words = last_words(report)
-    if any(part in words for part in PERHAPS_ABOUT_A_CALL) and not any(part in words for part in ABOUT_A_CALL):
+    is_open = any(part in words for part in PERHAPS_ABOUT_A_CALL) and not any(part in words for part in ABOUT_A_CALL)
+    if is_open and wrong_free_of(report) is None:
         yield f"glibc stopped the process ({words}): the pointer it was given was wrong, or damage that was not found here"
     told = len(report.anomalies)
     explained = {index for damage in report.damages for index in damage.anomalies if index < told}

@@ -15,12 +15,21 @@ from coreheap.heap import HeapSnapshot
 from coreheap.quantities import format_address, format_count
 from coreheap.render.damage_wording import damage_sentence
 from coreheap.render.escaping import printable, shortened
-from coreheap.render.integrity import Integrity, Soundness, integrity_of, is_about_integrity, last_words, surest_damage
+from coreheap.render.integrity import (
+    Integrity,
+    Soundness,
+    integrity_of,
+    is_about_integrity,
+    last_words,
+    surest_damage,
+    wrong_free_of,
+)
 from coreheap.render.page import Page, PageStyle, counted, part_of_all
 from coreheap.render.terminal import SEVERITY_STYLES, add_gaps, add_headline, add_phases
 from coreheap.render.terminal_damage import add_crash, add_damages
 from coreheap.render.verdict_text import is_damage, is_grave_damage, uncapitalized
 from coreheap.render.wording import LONGEST_TEXT, anomaly_sentence, finding_sentence, humanized
+from coreheap.render.wrong_free_wording import wrong_free_sentence
 from coreheap.report import Finding, Report
 
 REASONS_SHOWN = 5
@@ -30,7 +39,13 @@ CODES_SHOWN = 12
 ARENAS_NAMED = 12
 STEPS_SHOWN = 8
 
-_VERDICT_STYLES = {Soundness.SOUND: "bold green", Soundness.DAMAGED: "bold red", Soundness.UNKNOWN: "bold yellow"}
+_VERDICT_STYLES = {
+    Soundness.SOUND: "bold green",
+    Soundness.WRONG_FREE: "bold red",
+    Soundness.DAMAGED: "bold red",
+    Soundness.UNKNOWN: "bold yellow",
+}
+_NOT_DAMAGED = (Soundness.SOUND, Soundness.WRONG_FREE)
 
 
 def check_text(report: Report, style: PageStyle) -> str:
@@ -70,6 +85,8 @@ def _verdict(page: Page, report: Report, integrity: Integrity, findings: tuple[F
         text = f"{answer}:{doubt} {uncapitalized(damage_sentence(sure))}"
     elif integrity.verdict is Soundness.DAMAGED:
         text = f"{answer}: malloc found it and stopped the process: {shortened(last_words(report), LONGEST_TEXT)}"
+    elif integrity.verdict is Soundness.WRONG_FREE and (wrong := wrong_free_of(report)) is not None:
+        text = f"malloc's data is consistent ({Confidence.STRONG.value}). {wrong_free_sentence(wrong)}"
     elif integrity.verdict is Soundness.SOUND:
         text = f"{answer}: nothing in {_looked_at(integrity)} contradicts malloc's own rules."
     elif integrity.reasons and integrity.verdict is Soundness.UNKNOWN:
@@ -81,7 +98,7 @@ def _verdict(page: Page, report: Report, integrity: Integrity, findings: tuple[F
     reasons = integrity.reasons[1:] if is_unknown else integrity.reasons
     shown = reasons if page.style.verbose else reasons[:REASONS_SHOWN]
     for reason in shown:
-        opening = "weakened by: " if integrity.verdict is Soundness.SOUND else "also: "
+        opening = "weakened by: " if integrity.verdict in _NOT_DAMAGED else "also: "
         page.bullet(Text.assemble((opening, "bold"), shortened(reason, 2 * LONGEST_TEXT)), sign="?", indent=1)
     _rest(page, len(shown), len(reasons), "reasons")
     others = integrity.certain_damages - 1

@@ -30,6 +30,7 @@ from coreheap.render.discretion import without_content
 from coreheap.render.escaping import printable, shortened
 from coreheap.render.page import Page, counted, part_of_all, plain_table
 from coreheap.render.wording import LONGEST_TEXT
+from coreheap.render.wrong_free_wording import stale_use_text, wrong_free_text
 
 DAMAGES_SHOWN = 10
 """Damages that ``check`` tells of; ``analyze`` tells of fewer."""
@@ -60,6 +61,10 @@ def add_crash(page: Page, crash: CrashContext, pid: int | None, *, brief: bool) 
         )
     if crash.fault is not None:
         _labelled(page, "fault at", place_text(crash.fault))
+    if crash.wrong_free is not None:
+        _labelled(page, "wrong free", wrong_free_text(crash.wrong_free))
+    if crash.stale_use is not None:
+        _labelled(page, "stale use", stale_use_text(crash.stale_use))
     if crash.inside_malloc:
         _labelled(page, "inside", "malloc: the thread was in one of malloc's functions")
     if not brief:

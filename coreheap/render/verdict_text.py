@@ -30,6 +30,8 @@ LEADS = {
     "unknown": "are not known: missing from the core, or damaged",
 }
 """What is said of the part that took the most memory."""
+NOT_OF_THE_HEAP = ("call", "use")
+"""Values of a finding's quantity ``place`` that are about a call of free, or the use of a freed object."""
 WORTH_A_WORD = 0.05
 """Share of all from which a part that does not lead is named: live bytes, or what a trim gives back."""
 
@@ -47,6 +49,10 @@ def _damage(report: Report) -> Iterator[str]:
     if grave:
         rest = "" if len(grave) == 1 else f" (the gravest of {len(grave)} such findings)"
         yield f"The heap is damaged: {uncapitalized(finding_sentence(grave[0]))}".removesuffix(".") + f"{rest}."
+        return
+    wrong = next((finding for finding in report.findings if is_about_a_call(finding)), None)
+    if wrong is not None and wrong.confidence.rank >= Confidence.STRONG.rank:
+        yield f"malloc's data is consistent. {finding_sentence(wrong)}"
 
 
 def is_grave_damage(finding: Finding) -> bool:
@@ -58,7 +64,13 @@ def is_grave_damage(finding: Finding) -> bool:
 
 def is_damage(finding: Finding) -> bool:
     """Whether a finding is a damage of the heap."""
-    return finding.code.startswith("CORRUPTION") or finding.code in ("DOUBLE-FREE", "USE-AFTER-FREE")
+    is_of_heap = finding.code.startswith("CORRUPTION") or finding.code in ("DOUBLE-FREE", "USE-AFTER-FREE")
+    return is_of_heap and not is_about_a_call(finding)
+
+
+def is_about_a_call(finding: Finding) -> bool:
+    """Whether a finding is about what the program did with a pointer, and nothing of malloc's is damaged."""
+    return any(quantity.name == "place" and quantity.value in NOT_OF_THE_HEAP for quantity in finding.quantities)
 
 
 def uncapitalized(sentence: str) -> str:

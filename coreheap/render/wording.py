@@ -136,6 +136,14 @@ class _Shown:
         """Whether the finding has a quantity of that name that is known and not 0."""
         return name in self._by_name and bool(self._by_name[name].value)
 
+    def raw(self, name: str) -> object:
+        """The quantity as it is; None where it is missing."""
+        return self._by_name[name].value if name in self._by_name else None
+
+    def is_about(self, place: str) -> bool:
+        """Whether the finding is about a call of free (``call``) or the use of an object (``use``), not about malloc's data."""
+        return self.raw("place") == place
+
     def if_known(self, before: str, name: str, behind: str = "") -> str:
         """The quantity between two texts; nothing at all where it is missing, unknown or 0."""
         return f"{before}{self[name]}{behind}" if self.has(name) else ""
@@ -255,13 +263,43 @@ def _corruption_mmapped(shown: _Shown) -> str:
 
 
 def _invalid_free(shown: _Shown) -> str:
+    if shown.is_about("call"):
+        return _refused(shown, f"was given{shown.if_known(' ', 'address', ',')} {_what_was_given(shown)}")
     return (
         f"A list of free chunks holds{shown.if_known(' ', 'address', ',')} what malloc never gave out: free was called with a "
         "wrong pointer, or the list's link was overwritten."
     )
 
 
+def _refused(shown: _Shown, what: str) -> str:
+    """What was wrong with a call that glibc refused, and who made it."""
+    caller = shown.if_known(", called from ", "caller")
+    said = shown.if_known('; glibc says "', "message", '"')
+    return f"{shown['function']} {what}{caller}{said}."
+
+
+def _what_was_given(shown: _Shown) -> str:
+    """What a pointer is that free should not have been given."""
+    kind = shown.raw("kind")
+    block = f"block{shown.if_known(' ', 'victim_address')}{shown.if_known(' of ', 'victim_usable_bytes')}"
+    if kind == "inside_live_block":
+        return f"a place {shown['offset_bytes']} into the live {block}"
+    if kind == "inside_freed_block":
+        return f"a place {shown['offset_bytes']} into the free {block}"
+    if kind == "not_mapped":
+        return "where nothing is mapped: freed before, or never a block"
+    return f"which malloc never gave out{shown.if_known(': ', 'what')}"
+
+
 def _double_free(shown: _Shown) -> str:
+    if shown.is_about("call"):
+        listed = shown.if_known(", which is free already (", "listed_in", f"{shown.if_known(' of thread ', 'thread')})")
+        what = f"was called again for the block{_victim(shown)}{shown.if_known(', ', 'victim_usable_bytes')}{listed}"
+        if not shown.has("victim_address"):
+            what = (
+                f"was called again for a block that is free already; which one is not known{listed.partition(',')[0]}"
+            )
+        return _refused(shown, what)
     return (
         f"The block{_victim(shown)} is free twice: two later calls of malloc would both be given it, and two owners "
         "would write over each other."
@@ -269,10 +307,30 @@ def _double_free(shown: _Shown) -> str:
 
 
 def _use_after_free(shown: _Shown) -> str:
+    if shown.is_about("use"):
+        return _stale_use(shown)
     return (
         f"The free block{_victim(shown)} was written to after it was freed: {shown.place('its content')} changed"
         f"{shown.if_known(' at ', 'address')}."
     )
+
+
+def _stale_use(shown: _Shown) -> str:
+    block = f"block{_victim(shown)}{shown.if_known(' of ', 'victim_usable_bytes')}"
+    used = _USES.get(str(shown.raw("kind")), "a pointer")
+    if shown.raw("given_again") == "true":
+        return (
+            f"The program used {used} of an object in the {block}, which holds something else: it was probably freed and given"
+            f" out again{shown.if_known('; ', 'holder', ' still leads to it')}."
+        )
+    return f"The program used {used} of an object in the {block}, which is free{shown.if_known('; ', 'holder', ' still leads to it')}."
+
+
+_USES = {
+    "virtual_table": "the table of virtual functions",
+    "function_pointer": "a function pointer",
+    "pointer": "a pointer",
+}
 
 
 def _allocator_locked(shown: _Shown) -> str:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,11 +22,11 @@ from coreheap.corefile.stacks import find_stacks
 from coreheap.corefile.unwinding import unwind
 from coreheap.crash import AbortKind, CrashContext, FaultKind, FrameSource
 from coreheap.crashes import find_crash
-from coreheap.report import Report
-from tests.conftest import calls_of, require_tool, skip_unless_ci
+from tests.conftest import calls_of, require_tool
 from tests.real_cores import cores
 from tests.real_cores.cases import CPLUSPLUS, MATRIX, Case, Linking
-from tests.real_cores.conftest import core_or_skip, need_packages
+from tests.real_cores.conftest import core_or_skip
+from tests.real_cores.crash_cores import Crash, crash_of
 from tests.real_cores.targets import MATRIX_TARGETS, files_of
 
 FLAGS = ("-fPIE", "-pie", "-fomit-frame-pointer", "-fstack-protector-all", "-D_FORTIFY_SOURCE=2")
@@ -41,28 +41,6 @@ PROGRAMS = {
 BY_KERNEL = ("native", "bookworm-i386", "trixie-amd64")
 
 
-@dataclass(frozen=True)
-class Crash:
-    """A core of crash_kinds, and what the program said."""
-
-    core: Path
-    truth: dict[str, int]
-    sysroot: Path | None
-    executable: Path
-
-    def open(self) -> Core:
-        return coreheap.open(self.core, sysroot=self.sysroot, executable=self.executable)
-
-    def report(self) -> Report:
-        with self.open() as core:
-            return coreheap.analyze(core, AnalysisOptions(leaks=False))
-
-    def context(self) -> CrashContext:
-        crash = self.report().crash
-        assert crash is not None
-        return crash
-
-
 Make = Callable[..., Crash]
 
 
@@ -74,33 +52,10 @@ def crashed(tmp_path_factory: pytest.TempPathFactory) -> Make:
     def make(kind: str, program: str = "native", *arguments: str, run: int = 0) -> Crash:
         key = (kind, program, arguments, run)
         if key not in made:
-            made[key] = _run(PROGRAMS[program], (kind, *arguments), tmp_path_factory.mktemp(kind))
+            made[key] = crash_of(PROGRAMS[program], (kind, *arguments), tmp_path_factory.mktemp(kind))
         return made[key]
 
     return make
-
-
-def _run(case: Case, arguments: tuple[str, ...], folder: Path) -> Crash:
-    if not cores.kernel_writes_cores_here():
-        skip_unless_ci("core_pattern sends cores elsewhere; as root: echo core > /proc/sys/kernel/core_pattern")
-    need_packages(case.target)
-    directory = cores.default_directory()
-    try:
-        executable = cores.build(case, directory)
-        runner = cores.runner(case, directory)
-    except cores.CannotMake as problem:
-        skip_unless_ci(str(problem))
-    command = cores.command_with_limits(case, [*runner, str(executable), *arguments], directory)
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=60)
-    # The emulator writes the program's core and dies of the same signal, with a core of its own.
-    found = list(folder.glob("qemu_*.core" if case.target.is_emulated else "core*"))
-    assert done.returncode < 0, (done.returncode, done.stderr)
-    assert len(found) == 1, found
-    truth = {name: int(value, 16) for name, value in (line.split() for line in done.stdout.splitlines())}
-    sysroot = None
-    if case.target.release is not None:
-        sysroot = directory / "packages" / case.target.name / "sysroot"
-    return Crash(found[0], truth, sysroot, executable)
 
 
 def functions(crash: CrashContext) -> list[str]:
@@ -133,6 +88,7 @@ def test_fault_is_named_for_what_lies_there(crashed: Make, kind: str, program: s
     assert crash.fault.kind is FAULTS[kind], crash.fault
     assert crash.sender_pid is None
     assert crash.inside_malloc is False or kind.startswith("call_")
+    assert (crash.wrong_free, crash.stale_use) == (None, None)
     if kind in ("call_live", "call_freed", "past_mmapped"):
         chunk = crash.fault.chunk
         assert chunk is not None
@@ -192,6 +148,8 @@ def test_last_words_and_who_said_them(crashed: Make, kind: str, program: str) ->
     assert crash.abort_message.kind is expected
     assert words in crash.abort_message.text
     assert crash.inside_malloc is inside_malloc
+    assert crash.stale_use is None
+    assert (crash.wrong_free is not None) == (kind == "double_free")
     assert ({"smash"} if kind == "smash" else {"crash", "first", "main"}) <= set(functions(crash))
 
 
@@ -307,7 +265,7 @@ def test_exceptions_that_nobody_catches_are_told_apart_by_who_threw(tmp_path: Pa
     for arguments in [(kind, *handler) for kind in kinds for handler in ((), ("handler",))]:
         folder = tmp_path / "_".join(arguments)
         folder.mkdir()
-        crashes[arguments] = _run(UNCAUGHT[linking], arguments, folder).context()
+        crashes[arguments] = crash_of(UNCAUGHT[linking], arguments, folder).context()
     assert len({crash.signature for crash in crashes.values()}) >= len(kinds)
     for (kind, *_), crash in crashes.items():
         named = [part for part in crash.signature_parts if part.startswith("frame uncaught ") and kind in part]

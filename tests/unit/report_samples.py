@@ -18,6 +18,10 @@ from coreheap.crash import (
     FrameSource,
     PlaceNote,
     RegisterNote,
+    StaleUse,
+    StaleUseKind,
+    WrongFree,
+    WrongFreeKind,
 )
 from coreheap.damage import ChunkPlace, Damage, DamagedPlace, DamageKind, Pattern, PatternKind, Repair
 from coreheap.evidence import Anomaly, Confidence, Evidence, Gap, Strength
@@ -859,6 +863,46 @@ def crash(**changes: Any) -> CrashContext:
     return dataclasses.replace(made, **changes)
 
 
+def wrong_free(**changes: Any) -> WrongFree:
+    """A block of thread 3's tcache that was freed again; ``changes`` replace fields."""
+    freed = chunk_place(0x7F3A14002010, 104, state=ChunkState.TCACHE)
+    made = WrongFree(
+        kind=WrongFreeKind.FREED_TWICE,
+        function="free",
+        address=freed.payload_address,
+        place=PlaceNote(freed.payload_address, FaultKind.FREED_CHUNK, "freed chunk (in a tcache)", freed, 0),
+        listed_in=ChunkState.TCACHE,
+        listed_thread=3,
+        caller=6,
+        message="free(): double free detected in tcache 2",
+        others=(0x7F3A14002100,),
+        evidence=(
+            Evidence("the code of the caller passed it", "the call of free", Strength.SOLID, freed.payload_address),
+            Evidence("glibc refuses such a pointer", "glibc's message and memory", Strength.HINT),
+        ),
+        confidence=Confidence.STRONG,
+        weakened_by=("one more address stands as near",),
+        holders=("libfoo.so session_table+0x18", HOSTILE),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def stale_use(**changes: Any) -> StaleUse:
+    """The table of functions of an object whose block is free; ``changes`` replace fields."""
+    made = StaleUse(
+        kind=StaleUseKind.VIRTUAL_TABLE,
+        chunk=chunk_place(0x7F3A14003010, 56, state=ChunkState.TCACHE),
+        offset=0,
+        register="rax",
+        is_given_again=False,
+        slot=None,
+        evidence=(Evidence("the instructions before it read it from there", "machine code", Strength.SOLID),),
+        confidence=Confidence.STRONG,
+        holders=(HOSTILE,),
+    )
+    return dataclasses.replace(made, **changes)
+
+
 def segfault() -> CrashContext:
     """A read through a block that was freed; nothing names functions."""
     freed = chunk_place(0x5599E0002010, 4088, state=ChunkState.LARGE_BIN, arena=0)
@@ -942,6 +986,20 @@ def corrupt_report(**changes: Any) -> Report:
         gaps=(),
     )
     return dataclasses.replace(made, **changes)
+
+
+def wrong_free_report() -> Report:
+    """A sound process that glibc stopped for a double free."""
+    message = AbortMessage(
+        "free(): double free detected in tcache 2", AbortKind.MALLOC, 0x7F3A5C000004, "__abort_msg", Confidence.CERTAIN
+    )
+    stopped = crash(abort_message=message, registers=(), wrong_free=wrong_free())
+    return dataclasses.replace(small_report(), crash=stopped)
+
+
+def stale_report() -> Report:
+    """A sound process that used an object after it was freed."""
+    return dataclasses.replace(small_report(), crash=dataclasses.replace(segfault(), stale_use=stale_use()))
 
 
 def sound_report() -> Report:

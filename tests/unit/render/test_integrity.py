@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from coreheap.crash import AbortKind
+from coreheap.crash import AbortKind, AbortMessage
 from coreheap.damage import DamageKind
 from coreheap.evidence import Anomaly, Confidence, Gap
 from coreheap.heap import Arena, UnattributedRange
@@ -168,3 +168,30 @@ def test_a_suspicion_that_malloc_itself_confirms_is_damage() -> None:
     integrity = integrity_of(replace(SOUND, damages=(suspected,), crash=report_samples.crash()))
     assert (integrity.verdict, integrity.confidence) == (Soundness.DAMAGED, Confidence.STRONG)
     assert "overflow, plausible" in integrity.reasons[0]
+
+
+def stopped_for(confidence: Confidence, **changes: Any) -> Report:
+    """A sound process that glibc stopped for a free of what is free."""
+    wrong = report_samples.wrong_free(confidence=confidence, **changes)
+    return replace(SOUND, crash=report_samples.crash(abort_message=MESSAGE, wrong_free=wrong))
+
+
+MESSAGE = AbortMessage("free(): invalid size", AbortKind.MALLOC, 0x1000, "__abort_msg", Confidence.CERTAIN)
+
+
+def test_a_wrong_free_leaves_the_heap_sound() -> None:
+    integrity = integrity_of(stopped_for(Confidence.STRONG, weakened_by=("the word may be left over",)))
+    assert (integrity.verdict, integrity.confidence) == (Soundness.WRONG_FREE, Confidence.STRONG)
+    assert integrity.reasons == ("the word may be left over",)
+
+
+def test_a_suspected_wrong_free_leaves_it_open_whether_the_heap_is_damaged() -> None:
+    """The message may come from damage around a right pointer as well."""
+    assert integrity_of(stopped_for(Confidence.PLAUSIBLE)).verdict is Soundness.UNKNOWN
+
+
+def test_damage_comes_before_a_wrong_free() -> None:
+    report = replace(stopped_for(Confidence.STRONG), damages=(report_samples.overflow(),))
+    assert integrity_of(report).verdict is Soundness.DAMAGED
+    cut = replace(stopped_for(Confidence.STRONG), defects=("a check failed",))
+    assert integrity_of(cut).verdict is Soundness.UNKNOWN

@@ -29,6 +29,8 @@ REPORTS = {
     "heapless": report_samples.heapless_report(),
     "damaged": report_samples.damaged_report(),
     "corrupt": report_samples.corrupt_report(),
+    "wrong_free": report_samples.wrong_free_report(),
+    "stale": report_samples.stale_report(),
     "sound": report_samples.sound_report(),
 }
 CONTRACT_KEYS = [

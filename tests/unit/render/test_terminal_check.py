@@ -23,6 +23,8 @@ REPORTS = {
     "report": report_samples.report(),
     "heapless": report_samples.heapless_report(),
     "damaged": report_samples.damaged_report(),
+    "wrong_free": report_samples.wrong_free_report(),
+    "stale": report_samples.stale_report(),
 }
 
 

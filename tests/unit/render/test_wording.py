@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from coreheap.crash import WrongFreeKind
 from coreheap.damage import DamagedPlace
 from coreheap.evidence import Confidence
 from coreheap.quantities import GIB, MIB
@@ -90,6 +91,35 @@ def test_a_damage_is_told_from_whatever_is_known_of_it(code: str) -> None:
         assert "  " not in sentence
         assert "_" not in sentence
     assert finding_sentence(whole) != "Serious: a chunk of arena 1."
+
+
+@pytest.mark.parametrize("kind", WrongFreeKind)
+def test_a_wrong_free_is_told_from_whatever_is_known_of_it(kind: WrongFreeKind) -> None:
+    code = (
+        "DOUBLE-FREE" if kind in (WrongFreeKind.FREED_TWICE, WrongFreeKind.UNKNOWN_BLOCK) else "CORRUPTION-INVALID-FREE"
+    )
+    known = (
+        Quantity("place", "call", Unit.TEXT),
+        Quantity("kind", kind.value, Unit.TEXT),
+        Quantity("function", "free", Unit.TEXT),
+        Quantity("offset_bytes", 24, Unit.BYTES),
+    )
+    more = (
+        Quantity("address", 0x7F3A14002028, Unit.ADDRESS),
+        Quantity("victim_address", 0x7F3A14002010, Unit.ADDRESS),
+        Quantity("victim_usable_bytes", 104, Unit.BYTES),
+        Quantity("what", "libfoo.so+0x4220", Unit.TEXT),
+        Quantity("listed_in", "tcache", Unit.TEXT),
+        Quantity("caller", "session_close", Unit.TEXT),
+        Quantity("message", "free(): invalid pointer", Unit.TEXT),
+    )
+    for quantities in (known, known + more):
+        sentence = said(code, *quantities)
+        assert sentence.startswith("free was ")
+        assert sentence.endswith(".")
+        assert "unknown" not in sentence
+        assert "damaged" not in sentence
+    assert "called from session_close" in sentence
 
 
 def test_a_place_that_is_new_is_named_plainly() -> None:

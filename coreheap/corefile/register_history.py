@@ -58,6 +58,10 @@ _KEPT: Final = {
 """What a call preserves (psABI)."""
 
 
+_ENDS: Final = ("jmp", "ret", "ud2", "hlt")
+"""What lies behind these was not reached from before."""
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """A word that was read from memory on the way of a value: where it lay, and the word."""
@@ -109,6 +113,23 @@ class RegisterHistory:
         """A register's value at the end, and the loads that it came from, the last one first; None where it cannot be followed."""
         return self._value(name, self._end, DEPTH_LIMIT)
 
+    def pushed(self) -> tuple[int, tuple[Load, ...]] | None:
+        """What lay on top of the stack at the call at the end, as the code put it there; None where that cannot be followed."""
+        from capstone import x86_const as x86
+
+        for row in range(self._end - 1, -1, -1):
+            instruction = self._line[row]
+            operands = instruction.operands
+            if instruction.mnemonic == "push":
+                return self._operand(operands[0], row, DEPTH_LIMIT)
+            is_store = instruction.mnemonic == "mov" and operands[0].type == x86.X86_OP_MEM
+            memory = operands[0].mem if is_store else None
+            if memory is not None and memory.base == x86.X86_REG_ESP and not memory.index and not memory.disp:
+                return self._operand(operands[1], row, DEPTH_LIMIT)
+            if "esp" in _written(self._core, instruction) or instruction.mnemonic in _ENDS:
+                return None
+        return None
+
     def way(self, name: str) -> tuple[Load, ...]:
         """The loads that a register's value at the end came from, the last one first, though the value is known; empty where they
         do not come to that value."""
@@ -134,7 +155,7 @@ class RegisterHistory:
             if name in _written(self._core, instruction):
                 return self._result(instruction, name, row, depth - 1) if depth else None
             is_lost = instruction.mnemonic == "call" and name not in _KEPT[self._core.machine]
-            if is_lost or instruction.mnemonic in ("jmp", "ret", "ud2", "hlt"):
+            if is_lost or instruction.mnemonic in _ENDS:
                 return None
         return None
 
@@ -191,15 +212,19 @@ def first_argument(core: Core, return_address: int, stack_pointer: int, register
 
     ``stack_pointer`` and ``registers`` are those of the caller, behind the call.
     """
+    stack_name = "rsp" if core.machine == "x86_64" else "esp"
+    history = RegisterHistory(core, return_address, {**registers, stack_name: stack_pointer}, behind_call=True)
+    if history.is_known:
+        found = history.value("rdi") if core.machine == "x86_64" else history.pushed()
+        if found is not None:
+            return found[0]
     if core.machine == "i386":
-        # The caller pushed it: a called function seldom writes to its own arguments.
+        # The caller pushed it. The place is the called function's since, but that seldom writes there.
         try:
             return core.memory.read_word(stack_pointer)
         except MemoryFault:
             return None
-    history = RegisterHistory(core, return_address, {**registers, "rsp": stack_pointer}, behind_call=True)
-    found = history.value("rdi") if history.is_known else None
-    return found[0] if found is not None else None
+    return None
 
 
 def accessed_at(core: Core, place: int, registers: Mapping[str, int]) -> Accessed | None:

@@ -285,12 +285,7 @@ class _Finder:
         if message.pointer is not None and self._is_refused_as_told(message.pointer):
             seen.setdefault(message.pointer, _Sightings()).is_told = "glibc's message names it"
         if words.argument is not None and self._is_refused_as_told(words.argument):
-            told = (
-                "the caller's argument on the stack"
-                if self._core.machine == "i386"
-                else "the code of the caller passed it"
-            )
-            seen.setdefault(words.argument, _Sightings()).is_told = told
+            seen.setdefault(words.argument, _Sightings()).is_told = "the caller passed it"
         for is_own, registers in ((True, words.of_malloc), (False, words.of_caller)):
             for name, value in registers:
                 for address, is_header in self._candidates(value, may_be_header=is_own):
@@ -333,7 +328,8 @@ class _Finder:
 
     def _is_refused_as_told(self, address: int) -> bool:
         """As ``_refused``, of what was surely given: it may lead nowhere, or to memory that the core does not have."""
-        if self._is_live_block(address):
+        # free takes no null pointer for wrong: what was passed as 0 was overwritten since.
+        if self._is_live_block(address) or address == 0:
             return False
         size_is_missing = not self._core.memory.is_saved(address - self._core.word_bytes, address)
         return size_is_missing or self._refusal.test(self._refusals, address)

@@ -18,11 +18,12 @@ from coreheap.allocators.protocol import Progress
 from coreheap.checks import CHECKS, Case
 from coreheap.corefile import Core
 from coreheap.corefile.stacks import NO_STACKS, find_stacks
-from coreheap.crashes import find_crash
+from coreheap.crashes import Holders, find_crash
 from coreheap.crashes.abort_message import plain_message
+from coreheap.damage import Damage
 from coreheap.errors import failure_here
 from coreheap.evidence import Gap
-from coreheap.forensics import DamageSurvey, find_damages, held_against
+from coreheap.forensics import DamageSurvey, find_damages, find_interrupted_consolidation, held_against
 from coreheap.free_memory import FreeMemoryReport
 from coreheap.heap import NOTHING_LEFT_OUT, HeapSnapshot, StateTotals, sum_of_totals
 from coreheap.kernels import active_name
@@ -126,7 +127,11 @@ def analyze_with_references(core: Core, options: AnalysisOptions | None = None) 
     holders = search.references.holders if search is not None and search.references is not None else None
     crash = _answer("crash", partial(find_crash, core, heap, stacks, damage.damages, holders), defects)
     if crash is not None and crash.abort_message is not None:
-        damage = replace(damage, damages=held_against(damage.damages, plain_message(crash.abort_message.text)))
+        said = plain_message(crash.abort_message.text)
+        damage = replace(damage, damages=held_against(damage.damages, said))
+        interrupted = _interrupted_consolidation(core, heap, said, holders, defects)
+        if interrupted is not None:
+            damage = DamageSurvey((interrupted, *damage.damages), damage.damage_count + 1)
     findings = _run_checks(
         Case(
             core,
@@ -243,6 +248,21 @@ def _find_damages(core: Core, heap: HeapSnapshot | None, search: LeakSearch | No
     references = search.references if search is not None else None
     holders = references.typical_holders if references is not None else None
     return _answer("damage", partial(find_damages, core, heap, holders), defects) or nothing
+
+
+def _interrupted_consolidation(
+    core: Core, heap: HeapSnapshot | None, said: str, holders: Holders | None, defects: list[str]
+) -> Damage | None:
+    """The list that malloc_consolidate was joining when it stopped, with who holds the block whose link was overwritten."""
+    if heap is None:
+        return None
+    found = _answer("consolidation", partial(find_interrupted_consolidation, core, heap, said), defects)
+    if found is None or found.victim is None or holders is None:
+        return found
+    block = found.bytes.start
+    names = [holder.name for holder in holders(block)]
+    named = replace(found.victim, holder=names[0]) if names else found.victim
+    return replace(found, victim=named, culprit=named)
 
 
 def _run_checks(case: Case, progress: Progress, defects: list[str]) -> tuple[Finding, ...]:

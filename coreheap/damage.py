@@ -131,5 +131,7 @@ class Damage:
     evidence: tuple[Evidence, ...]
     confidence: Confidence
     weakened_by: tuple[str, ...] = ()
+    listed_blocks: tuple[int, ...] = ()
+    """Blocks that were on the list that the damage is about, where malloc had taken it off its head: free, and on no list now."""
     messages: tuple[str, ...] = ()
     """All that glibc of this release may say, by which operation meets the damage first."""

@@ -38,7 +38,7 @@ from coreheap.damage import ChunkPlace, Damage
 from coreheap.errors import MemoryFault
 from coreheap.heap import ChunkState, HeapSnapshot
 
-__all__ = ["find_crash"]
+__all__ = ["Holders", "find_crash"]
 
 HOLDERS_NAMED = 4
 

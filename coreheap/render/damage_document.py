@@ -47,6 +47,7 @@ def damages_value(damages: Iterable[Damage]) -> Json:
             "repair": _repair(damage),
             "message": text_or_null(damage.message),
             "lost_bytes": damage.lost_bytes,
+            "listed_blocks": [address_value(block) for block in damage.listed_blocks],
             "anomalies": list(damage.anomalies),
             "evidence": evidence_value(damage.evidence, discreet=True),
             "weakened_by": [text_value(reason) for reason in damage.weakened_by],

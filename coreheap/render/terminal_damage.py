@@ -111,6 +111,9 @@ def _damage(page: Page, number: int, damage: Damage, *, brief: bool) -> None:
             _labelled(page, "", reach, indent=5)
     if damage.victim is not None and damage.victim != damage.culprit:
         _labelled(page, "victim", chunk_text(damage.victim), indent=5)
+    if damage.listed_blocks:
+        blocks = ", ".join(map(format_address, damage.listed_blocks))
+        _labelled(page, "was on it", f"free, and counted as in use: {blocks}", indent=5)
     if brief:
         return
     if damage.repair is not None:

@@ -15,6 +15,7 @@ import pytest
 import coreheap
 from coreheap.analysis import AnalysisOptions
 from coreheap.crash import CrashContext, StaleUseKind, WrongFree, WrongFreeKind
+from coreheap.damage import DamagedPlace, DamageKind
 from coreheap.evidence import Confidence
 from coreheap.heap import ChunkState
 from coreheap.render.integrity import Soundness, integrity_of
@@ -193,6 +194,25 @@ def test_text_as_a_pointer_is_never_shown(crashed: Make) -> None:
         report = crashed(FREES, target, "text").report()
         wrong_free_in(report)
         assert "0x6161616161616161" not in json_text(report)
+
+
+@pytest.mark.parametrize("arguments", [(), ("thread",)])
+@pytest.mark.parametrize("target", ["native", "bookworm-amd64", "trixie-amd64", "bookworm-i386", "trixie-i386"])
+def test_what_was_on_a_fastbin_that_malloc_took_off_its_head(
+    crashed: Make, target: str, arguments: tuple[str, ...]
+) -> None:
+    made = crashed(FREES, target, "counted", *arguments)
+    report = made.report(leaks=True)
+    crash = crash_in(report)
+    assert crash.abort_message is not None
+    assert "malloc_consolidate(): unaligned fastbin chunk detected" in crash.abort_message.text
+    assert crash.wrong_free is None
+    first = report.damages[0]
+    assert (first.kind, first.place) == (DamageKind.USE_AFTER_FREE, DamagedPlace.FASTBIN_LINK)
+    assert first.bytes.start == made.truth["block"]
+    assert sorted(first.listed_blocks) == sorted(made.truth[f"listed{number}"] for number in range(5))
+    assert first.confidence is Confidence.STRONG
+    assert integrity_of(report).verdict is Soundness.DAMAGED
 
 
 # ------------------------------------------------------------------------------------------------- C++

@@ -76,7 +76,9 @@ def sum_of_totals(parts: Iterator[StateTotals]) -> StateTotals:
     totals = {state: StateTotal() for state in ChunkState}
     for part in parts:
         for state, total in part.items():
-            totals[state] = totals[state] + total
+            # Most heaps have chunks of few states, and there may be many heaps.
+            if total.count:
+                totals[state] = totals[state] + total
     return totals
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coreheap.accounting.claims import ClaimColumns
-from coreheap.corefile.regions import row_holding
+from coreheap.corefile.regions import first_covering, row_holding
 
 UInt64s = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.intp]
@@ -38,33 +38,7 @@ def cut_into_pieces(region_start: UInt64s, region_end: UInt64s, claims: ClaimCol
     # np.unique of numpy 2.3 and later takes several times as long as sorting; the columns here are sorted runs.
     cuts = np.sort(np.concatenate([region_start, region_end, claims.start, claims.end]), kind="stable")
     cuts = cuts[np.concatenate(([True], cuts[1:] != cuts[:-1]))] if len(cuts) else cuts
-    claim = _first_claims(cuts, claims)
+    claim = first_covering(cuts, claims.start, claims.end)
     start, end = cuts[:-1], cuts[1:]
     region, is_mapped = row_holding(start, region_start, region_end)
     return Pieces(start[is_mapped], end[is_mapped], region[is_mapped], claim[: len(start)][is_mapped])
-
-
-def _first_claims(cuts: UInt64s, claims: ClaimColumns) -> Rows:
-    """For each piece [cuts[n], cuts[n + 1]) the first claim that holds it; one entry a cut, the last means nothing.
-
-    A claim over n pieces is said of two runs of 2**k pieces that cover it, with 2**k <= n; what is said of a run is then
-    handed down to its halves. So claims may overlap as they like, and time is that of a sort.
-    """
-    nobody = np.iinfo(np.intp).max
-    first = np.full(len(cuts), nobody, np.intp)
-    if len(claims.start):
-        low = np.searchsorted(cuts, claims.start)
-        count = np.searchsorted(cuts, claims.end) - low
-        level = np.frexp(count.astype(np.float64))[1] - 1
-        by_level = np.argsort(level, kind="stable")
-        borders = np.searchsorted(level[by_level], np.arange(int(level.max()) + 2))
-        for number in range(int(level.max()), -1, -1):
-            rows = by_level[borders[number] : borders[number + 1]]
-            np.minimum.at(first, low[rows], rows)
-            np.minimum.at(first, low[rows] + count[rows] - (1 << number), rows)
-            if number:
-                half = 1 << (number - 1)
-                handed_down = first.copy()
-                np.minimum(first[half:], first[:-half], out=handed_down[half:])
-                first = handed_down
-    return np.where(first == nobody, NO_CLAIM, first)

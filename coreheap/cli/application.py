@@ -5,6 +5,7 @@ Knows: which kind of error gives which exit code. Does not know: what went wrong
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -15,9 +16,14 @@ from coreheap.cli.exit_codes import ExitCode
 from coreheap.cli.messages import listen, say, say_defect, say_error
 from coreheap.errors import CoreheapError, FailedHere, OutputNotWritten, UsageError, failure_here
 
+VALUES_BETWEEN_COLLECTIONS = 50_000
+
 
 def run_command(arguments: Sequence[str] | None) -> int:
     """Run coreheap and return its exit code. ``arguments`` None takes those of the process."""
+    if arguments is None:
+        # Reports are trees of many small values: hardly any is garbage, and looking for that takes a tenth of all time.
+        gc.set_threshold(VALUES_BETWEEN_COLLECTIONS)
     code = _code_of(sys.argv[1:] if arguments is None else arguments)
     if arguments is None and not _is_flushed(is_told=code != ExitCode.DONE) and code == ExitCode.DONE:
         return ExitCode.USAGE

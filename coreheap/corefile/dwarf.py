@@ -69,6 +69,8 @@ def unit_at(file: ElfFile, address: int, variables: Collection[str], structures:
 
     A structure is found by its tag or by a typedef. None when the file has no DWARF for the address.
     """
+    if not file.has_debug_information:
+        return None
     content, guard = _content(file)
     if content is None or guard is None:
         return None

@@ -89,6 +89,7 @@ class AddressSpace:
         self.run_end = runs.end
         self.run_file_offset = runs.file_offset
         self._extents = extents
+        self._populated_runs: tuple[Words, Words, Words] | None = None
         self._buffer = buffer_of(file)
         self._file_bytes: list[FileBytes] = []
         self._file_bytes_source: Callable[[], Sequence[FileBytes]] | None = None
@@ -281,10 +282,12 @@ class AddressSpace:
         """
         if not self.holes_known:
             return self.run_start, self.run_end, self.run_file_offset
-        file_end = self.run_file_offset + (self.run_end - self.run_start)
-        row, low, high = self._extents.clip(self.run_file_offset, file_end)
-        distance = self.run_start[row] - self.run_file_offset[row]
-        return low + distance, high + distance, low
+        if self._populated_runs is None:
+            file_end = self.run_file_offset + (self.run_end - self.run_start)
+            row, low, high = self._extents.clip(self.run_file_offset, file_end)
+            distance = self.run_start[row] - self.run_file_offset[row]
+            self._populated_runs = low + distance, high + distance, low
+        return self._populated_runs
 
     def populated_bytes(self, start: int, end: int) -> int:
         """The sum of ``populated_extents``."""
@@ -311,6 +314,7 @@ class AddressSpace:
         self._buffer = buffer_of(self.file)
         self.run_start = self.run_end = self.run_file_offset = np.zeros(0, np.uint64)
         self._run_starts = buffer_of(self.run_start)
+        self._populated_runs = None
         self._file_bytes, self._file_bytes_source = [], None
 
     def _file_offset(self, address: int, byte_count: int) -> int | None:

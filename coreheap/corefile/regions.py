@@ -278,3 +278,30 @@ def row_holding(address: Words, start: Words, end: Words) -> tuple[npt.NDArray[n
     holds = row >= 0
     row = np.maximum(row, 0)
     return row, holds & (address < end[row])
+
+
+def first_covering(cuts: Words, start: Words, end: Words) -> npt.NDArray[np.intp]:
+    """For each piece [cuts[n], cuts[n + 1]) the first range that holds it, -1 where none does; one entry a cut, the last means
+    nothing. ``cuts`` are sorted and have all starts and ends.
+
+    A range over n pieces is said of two runs of 2**k pieces that cover it, with 2**k <= n; what is said of a run is then
+    handed down to its halves. So ranges may overlap as they like, and time is that of a sort.
+    """
+    nobody = np.iinfo(np.intp).max
+    first = np.full(len(cuts), nobody, np.intp)
+    if len(start):
+        low = np.searchsorted(cuts, start)
+        count = np.searchsorted(cuts, end) - low
+        level = np.frexp(count.astype(np.float64))[1] - 1
+        by_level = np.argsort(level, kind="stable")
+        borders = np.searchsorted(level[by_level], np.arange(int(level.max()) + 2))
+        for number in range(int(level.max()), -1, -1):
+            rows = by_level[borders[number] : borders[number + 1]]
+            np.minimum.at(first, low[rows], rows)
+            np.minimum.at(first, low[rows] + count[rows] - (1 << number), rows)
+            if number:
+                half = 1 << (number - 1)
+                handed_down = first.copy()
+                np.minimum(first[half:], first[:-half], out=handed_down[half:])
+                first = handed_down
+    return np.where(first == nobody, -1, first)

@@ -205,6 +205,12 @@ class ElfFile:
         sections = self._sections
         return bool(((sections.kind == elf.SHT_NOBITS) & ((sections.flags & np.uint64(elf.SHF_EXECINSTR)) != 0)).any())
 
+    @cached_property
+    def has_debug_information(self) -> bool:
+        """Whether it has DWARF, compressed or not; most libraries have none, and it takes long to see that otherwise."""
+        places = (elf.section_place(self.data, self._header, name) for name in (b".debug_info", b".zdebug_info"))
+        return any(place is not None for place in places)
+
     def find_symbol(self, name: str) -> Symbol | None:
         """The symbol of that name from .dynsym, .symtab or MiniDebugInfo.
 

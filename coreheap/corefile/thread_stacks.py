@@ -98,7 +98,7 @@ def stacks_of_threads(core: Core, interrupted: Mapping[int, Sequence[int]] | Non
             candidates = (search.stack_around(pointer) for pointer in pointers)
             stack = next((found for found in candidates if found is not None), None)
         if stack is not None:
-            found[thread.index] = replace(stack, thread=thread.index)
+            found[thread.index] = stack if stack.thread == thread.index else replace(stack, thread=thread.index)
     by_start = sorted(found.values(), key=lambda stack: stack.start)
     for stack, following in pairwise(by_start):
         if following.start < stack.end:
@@ -119,7 +119,7 @@ def _stacks_behind_pointers(core: Core, distance: int) -> dict[int, ThreadStack]
     words, saved = rows_at(core.memory, np.array(places, np.uint64), 3)
     found: dict[int, ThreadStack] = {}
     for thread, place, fields, is_saved in zip(threads, places, words.tolist(), saved.tolist(), strict=True):
-        stack = _stack(core.memory, place, *fields) if is_saved else None
+        stack = _stack(core.memory, place, *fields, thread.index) if is_saved else None
         if stack is not None:
             found[thread.index] = stack
     return found
@@ -260,7 +260,9 @@ def stack_at(memory: AddressSpace, place: int) -> ThreadStack | None:
         return None
 
 
-def _stack(memory: AddressSpace, place: int, start: int, size: int, guard: int) -> ThreadStack | None:
+def _stack(
+    memory: AddressSpace, place: int, start: int, size: int, guard: int, thread: int | None = None
+) -> ThreadStack | None:
     """The stack, if three words of the descriptor at ``place`` can be its start, its size and its guard's."""
     end = start + size
     if not (start < place < end <= place + ABOVE_LIMIT and size >= LEAST_STACK_BYTES):
@@ -273,7 +275,7 @@ def _stack(memory: AddressSpace, place: int, start: int, size: int, guard: int) 
     if guard % memory.page_bytes or start + guard >= place:
         # Not glibc's field: what is not part of the mapping, directly below.
         guard = low - start if 0 < low - start <= GUARD_LIMIT else 0
-    return ThreadStack(None, start, end, guard, place) if start + guard >= low - GUARD_LIMIT else None
+    return ThreadStack(thread, start, end, guard, place) if start + guard >= low - GUARD_LIMIT else None
 
 
 def with_start_routines(memory: AddressSpace, stacks: dict[int, ThreadStack]) -> dict[int, ThreadStack]:

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from coreheap.corefile.regions import left_of
+from coreheap.corefile.regions import first_covering, left_of
 from coreheap.leaks import RootKind
 
 UInt64s = npt.NDArray[np.uint64]
 UInt8s = npt.NDArray[np.uint8]
 Int16s = npt.NDArray[np.int16]
-Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 
 ADDRESS_LIMIT = 1 << 63
@@ -119,7 +118,9 @@ class Painter:
         self._gather()
         start, end, kind, thread = (np.concatenate(column) for column in zip(*self._columns, strict=True))
         cuts = np.unique(np.concatenate([start, end]))
-        painted = _last_painted(start, end, cuts)
+        # Of the last range on top first.
+        kind, thread = kind[::-1], thread[::-1]
+        painted = first_covering(cuts, start[::-1], end[::-1])[: max(len(cuts) - 1, 0)]
         held = painted >= 0
         held[held] = kind[painted[held]] != _NOTHING
         painted = painted[held]
@@ -142,30 +143,3 @@ class Painter:
 
 def _code(kind: RootKind | None) -> int:
     return _NOTHING if kind is None else _CODE[kind]
-
-
-def _last_painted(start: UInt64s, end: UInt64s, cuts: UInt64s) -> Int64s:
-    """The number of the last range that covers each piece between two cuts; -1 where none does.
-
-    Each range is put at the few nodes of a tree over the pieces that make it up; from there the highest number goes down
-    to the pieces.
-    """
-    pieces = max(len(cuts) - 1, 0)
-    leaves = 1 << max(pieces - 1, 0).bit_length()
-    tree = np.full(2 * leaves, -1, np.int64)
-    number = np.arange(len(start), dtype=np.int64)
-    low, high = np.searchsorted(cuts, start) + leaves, np.searchsorted(cuts, end) + leaves
-    while len(number):
-        # A right child at the low end, a left one before the high end: their parents reach out of the range.
-        is_right, is_left = (low & 1 == 1) & (low < high), (high & 1 == 1) & (low < high)
-        np.maximum.at(tree, low[is_right], number[is_right])
-        np.maximum.at(tree, high[is_left] - 1, number[is_left])
-        low, high = (low + 1) >> 1, high >> 1
-        goes_on = low < high
-        low, high, number = low[goes_on], high[goes_on], number[goes_on]
-    level = 1
-    while level < leaves:
-        parents = np.repeat(tree[level : 2 * level], 2)
-        np.maximum(tree[2 * level : 4 * level], parents, out=tree[2 * level : 4 * level])
-        level *= 2
-    return tree[leaves : leaves + pieces]

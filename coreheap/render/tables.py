@@ -281,8 +281,9 @@ def json_lines(table: Table) -> str:
 
 def json_rows(table: Table) -> Iterator[dict[str, Cell]]:
     """The rows of a table as JSON has them: addresses as hex strings, unknown as None."""
+    columns = [(column.name, column.kind) for column in table.columns]
     for row in table.rows:
-        yield {column.name: _json_cell(cell, column.kind) for column, cell in zip(table.columns, row, strict=True)}
+        yield {name: _json_cell(cell, kind) for (name, kind), cell in zip(columns, row, strict=True)}
 
 
 def _json_cell(cell: Cell, kind: CellKind) -> Cell:

@@ -93,6 +93,7 @@ class PageResidency:
 
     def __init__(self, core: Core, basis: ResidencyBasis) -> None:
         self._memory = core.memory
+        self._saved = saved_runs(core.memory)
         self.basis = basis
 
     def within(self, start: UInt64s, end: UInt64s) -> tuple[int, int]:
@@ -103,7 +104,7 @@ class PageResidency:
         stored = stored_pieces(self._memory, start, end)
         if self.basis is ResidencyBasis.HOLES:
             in_file = int((stored.end - stored.start).sum())
-            missing = whole - int(saved_runs(self._memory).bytes_within(start, end).sum())
+            missing = whole - int(self._saved.bytes_within(start, end).sum())
             return in_file, in_file + missing
         return int(pages_with_content(self._memory, stored).bytes_within(start, end).sum()), whole
 

@@ -122,15 +122,15 @@ class _Survey:
         if not members:
             return
         reached = members[0]  # main_arena where the ring led to it, else where it was entered
-        seen = {reached}
+        unseen = set(members[1:])
         while True:
             try:
                 following = memory.read_word(reached + offset)
             except MemoryFault:
                 return
-            if following not in members or following in seen:
+            if following not in unseen:
                 break
-            seen.add(following)
+            unseen.remove(following)
             reached = following
         is_mapped = memory.region_index(following) is not None
         if is_mapped and not memory.is_saved(following, following + self.found.layout.state.byte_count):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from coreheap.allocators.glibc.thread_storage import ThreadStorage
 from coreheap.allocators.glibc.threads import ThreadWords, copy_of, find_thread_words, wanted_arena
 from coreheap.allocators.glibc.version import LibcVersion, libc_version
 from coreheap.allocators.glibc.ways import Globals, evidence_for, evidence_for_layout, find_globals
-from coreheap.corefile import AddressSpace, Core
+from coreheap.corefile import Core
 from coreheap.corefile.regions import LAST_ADDRESS
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Evidence, Strength
@@ -99,6 +100,7 @@ class Search:
     storage: ThreadStorage
     headers: dict[int, tuple[HeapInfo, ...]]
     behind: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    scores: dict[Hashable, dict[int, float]] = field(default_factory=dict)
     rings: dict[Hashable, FoundRing | None] = field(default_factory=dict)
     words: dict[Hashable, ThreadWords] = field(default_factory=dict)
 
@@ -152,8 +154,63 @@ class Search:
                     for address in sorted(own)
                 ),
             ]
-            self.rings[kind] = find_ring(self.core.memory, layout, heap_max, headers, sightings)
+            self.rings[kind] = self.find_ring(layout, heap_max, headers, sightings)
         return self.rings[kind]
+
+    def find_ring(
+        self,
+        layout: Layout,
+        heap_max: int,
+        headers: tuple[HeapInfo, ...],
+        sightings: list[Sighting],
+    ) -> FoundRing | None:
+        """The best ring of arenas that the sightings lead to; None where none is accepted."""
+        memory = self.core.memory
+        score_of = partial(self.score_of_arena, layout)
+        best_ring: ArenaRing | None = None
+        best_key = (-1, False, 0.0)
+        best_evidence: list[Evidence] = []
+        covered: set[int] = set()
+
+        for sighting in sightings:
+            if sighting.address in covered or score_of(sighting.address) < ARENA_ACCEPTED:
+                continue
+            ring = locate.ring_from(
+                memory,
+                sighting.address,
+                layout,
+                heap_max,
+                lambda address: not 0 <= score_of(address) < ARENA_ACCEPTED,
+            )
+            covered.update(ring.members)
+            known = [score for member in sampled(ring.members) if (score := score_of(member)) >= 0]
+            # Damage in some arenas must not hide the others; a ring of mostly something else is not one.
+            if 2 * sum(score >= ARENA_ACCEPTED for score in known) <= len(known):
+                continue
+            key = (len(ring.members), ring.is_closed, sum(known) / len(known))
+            if key > best_key:
+                best_ring, best_key, best_evidence = ring, key, [sighting.evidence]
+        if best_ring is None:
+            return None
+        parts = {"arenas": best_key[2]}
+        evidence = [*best_evidence, locate.describe_ring(best_ring)]
+        sub_heap_share, sub_heap_evidence = sub_heap_score(memory, layout, best_ring, headers)
+        if sub_heap_share is not None:
+            parts["sub-heaps"] = sub_heap_share
+            evidence.append(sub_heap_evidence)
+        main_is_saved = best_ring.main is not None and score_of(best_ring.main) >= 0
+        return FoundRing(best_ring, heap_max, headers, parts, main_is_saved, tuple(evidence))
+
+    def score_of_arena(self, layout: Layout, address: int) -> float:
+        """As ``arena_score``, -1 where the malloc_state was not saved. Layouts with the same malloc_state have the same."""
+        scores = self.scores.setdefault(state_kind(layout), {})
+        if address not in scores:
+            memory = self.core.memory
+            try:
+                scores[address] = arena_score(memory, read_arena(memory, address, layout), layout)
+            except MemoryFault:
+                scores[address] = -1.0
+        return scores[address]
 
     def thread_words(self, layout: Layout, ring: ArenaRing, headers: tuple[HeapInfo, ...]) -> ThreadWords:
         """What the threads' storage says: layouts with the same arenas and the same tcache structure have the same."""
@@ -169,15 +226,14 @@ class Search:
         return self.words[kind]
 
 
+def state_kind(layout: Layout) -> Hashable:
+    """Equal for layouts with the same malloc_state: what ``arena_score`` asks of a layout."""
+    return layout.word_class.name, layout.generation.malloc_state, layout.generation.flags_hold_fastchunks
+
+
 def ring_kind(layout: Layout) -> Hashable:
-    """Equal for layouts under which the same places are arenas: what ``find_ring`` asks of a layout."""
-    generation = layout.generation
-    return (
-        layout.word_class.name,
-        generation.malloc_state,
-        generation.flags_hold_fastchunks,
-        layout.heap_info_bytes,
-    )
+    """Equal for layouts under which the same places are arenas: what ``Search.find_ring`` asks of a layout."""
+    return state_kind(layout), layout.heap_info_bytes
 
 
 def search_of(core: Core) -> Search:
@@ -320,60 +376,8 @@ def identification(
     sightings: list[Sighting],
 ) -> Identification | None:
     """The reading of the core from the best ring of arenas that the sightings lead to; None where none is accepted."""
-    found = find_ring(search.core.memory, layout, heap_max, headers, sightings)
+    found = search.find_ring(layout, heap_max, headers, sightings)
     return None if found is None else _reading(search, layout, found)
-
-
-def find_ring(
-    memory: AddressSpace,
-    layout: Layout,
-    heap_max: int,
-    headers: tuple[HeapInfo, ...],
-    sightings: list[Sighting],
-) -> FoundRing | None:
-    """The best ring of arenas that the sightings lead to; None where none is accepted."""
-    best_ring: ArenaRing | None = None
-    best_key = (-1, False, 0.0)
-    best_evidence: list[Evidence] = []
-    states: dict[int, float] = {}
-    covered: set[int] = set()
-
-    def score_of(address: int) -> float:
-        if address not in states:
-            try:
-                states[address] = arena_score(memory, read_arena(memory, address, layout), layout)
-            except MemoryFault:
-                states[address] = -1.0
-        return states[address]
-
-    for sighting in sightings:
-        if sighting.address in covered or score_of(sighting.address) < ARENA_ACCEPTED:
-            continue
-        ring = locate.ring_from(
-            memory,
-            sighting.address,
-            layout,
-            heap_max,
-            lambda address: not 0 <= score_of(address) < ARENA_ACCEPTED,
-        )
-        covered.update(ring.members)
-        known = [score for member in sampled(ring.members) if (score := score_of(member)) >= 0]
-        # Damage in some arenas must not hide the others; a ring of mostly something else is not one.
-        if 2 * sum(score >= ARENA_ACCEPTED for score in known) <= len(known):
-            continue
-        key = (len(ring.members), ring.is_closed, sum(known) / len(known))
-        if key > best_key:
-            best_ring, best_key, best_evidence = ring, key, [sighting.evidence]
-    if best_ring is None:
-        return None
-    parts = {"arenas": best_key[2]}
-    evidence = [*best_evidence, locate.describe_ring(best_ring)]
-    sub_heap_share, sub_heap_evidence = sub_heap_score(memory, layout, best_ring, headers)
-    if sub_heap_share is not None:
-        parts["sub-heaps"] = sub_heap_share
-        evidence.append(sub_heap_evidence)
-    main_is_saved = best_ring.main is not None and score_of(best_ring.main) >= 0
-    return FoundRing(best_ring, heap_max, headers, parts, main_is_saved, tuple(evidence))
 
 
 def _reading(search: Search, layout: Layout, found: FoundRing) -> Identification:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from coreheap.allocators.glibc.gathering import columns_at
 from coreheap.allocators.glibc.records import (
     BIN_COUNT,
     FREE_LIST_LIMIT,
@@ -106,16 +107,18 @@ def sub_heap_headers(core: Core, layout: Layout, heap_max: int) -> tuple[HeapInf
     start, end, _ = memory.populated_runs()
     first = (start + np.uint64(heap_max - 1)) & ~np.uint64(heap_max - 1)
     hit = (first < end) & (first >= start)
+    first, count = first[hit], (end[hit] - first[hit] + np.uint64(heap_max - 1)) // np.uint64(heap_max)
+    before = np.cumsum(count) - count
+    row = np.repeat(np.arange(len(first)), count.astype(np.intp))
+    multiples = first[row] + (np.arange(len(row), dtype=np.uint64) - before[row]) * np.uint64(heap_max)
+    multiples = multiples[mapped_for_data(memory, multiples)]
+    (owner, size), saved = columns_at(memory, multiples, layout.heap_info, ("ar_ptr", "size"))
+    may_be = saved & (owner[:, 0] != 0) & (size[:, 0] != 0) & (size[:, 0] <= np.uint64(heap_max))
     headers: list[HeapInfo] = []
-    for begin, stop in zip(first[hit].tolist(), end[hit].tolist(), strict=True):
-        multiples = np.arange(begin, stop, heap_max, dtype=np.uint64)
-        for address in multiples[mapped_for_data(memory, multiples)].tolist():
-            try:
-                info = read_heap_info(memory, address, layout)
-            except MemoryFault:
-                continue
-            if heap_info_is_plausible(info, heap_max, core.page_bytes):
-                headers.append(info)
+    for address in multiples[may_be].tolist():
+        info = read_heap_info(memory, address, layout)
+        if heap_info_is_plausible(info, heap_max, core.page_bytes):
+            headers.append(info)
         if len(headers) > FREE_LIST_LIMIT:
             break
     return tuple(headers)

@@ -230,6 +230,7 @@ class Overlay:
 
     def _record(self, columns: ListColumns, outcome: OverlayOutcome) -> None:
         names = {int(error): error.name.lower() for error in ListError}
+        kinds = {int(state): state for state in ChunkState}
         rows = zip(
             columns.origin,
             columns.state,
@@ -244,7 +245,7 @@ class Overlay:
         )
         self.lists += [
             FreeList(
-                ChunkState(state),
+                kinds[state],
                 number,
                 arena,
                 cache,

@@ -84,24 +84,40 @@ def describe(fit: Fit, wanted: Wanted) -> str:
 
 def accepted(words: UInt64s, accepts: Callable[[UInt64s], Bools]) -> Bools:
     """For each word, of any shape, whether it is accepted; 0 never is. Each value is asked for once."""
-    values, place = np.unique(words, return_inverse=True)
-    return _verdict(values, accepts)[place].reshape(words.shape)
+    return _one_of(words, _accepted_of(_different(words), accepts))
 
 
-def _verdict(values: UInt64s, accepts: Callable[[UInt64s], Bools]) -> Bools:
-    verdict: Bools = values != 0
-    verdict[verdict] = accepts(values[verdict])
-    return verdict
+def _different(words: UInt64s) -> UInt64s:
+    """Each value once, sorted, without 0."""
+    # np.unique of numpy 2.3 and later takes several times as long as sorting.
+    values = np.sort(words, axis=None)
+    is_new = values != 0
+    is_new[1:] &= values[1:] != values[:-1]
+    return values[is_new]
+
+
+def _accepted_of(values: UInt64s, accepts: Callable[[UInt64s], Bools]) -> UInt64s:
+    found: UInt64s = values[accepts(values)]
+    return found
+
+
+def _one_of(words: UInt64s, values: UInt64s) -> Bools:
+    """For each word whether it is one of some sorted values; most are tested against the first and the last alone."""
+    found = np.zeros(words.shape, np.bool_)
+    if len(values):
+        near = (words >= values[0]) & (words <= values[-1])
+        candidates = words[near]
+        found[near] = values[np.searchsorted(values, candidates)] == candidates
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Window:
-    """Words of many threads between two offsets: ``offsets`` and each different value once, sorted; ``place`` says which of
-    these is where: intp[threads, offsets]."""
+    """Words of many threads between two offsets, uint64[threads, offsets], and each different value of them once, sorted."""
 
     offsets: Int64s
+    words: UInt64s
     values: UInt64s
-    place: npt.NDArray[np.intp]
 
 
 class ThreadStorage:
@@ -139,7 +155,8 @@ class ThreadStorage:
         if (start, end) not in self._windows:
             self._windows[start, end] = self._window(start, end)
         window = self._windows[start, end]
-        found: Int64s = window.offsets[_verdict(window.values, accepts)[window.place].any(axis=0)]
+        wanted = _accepted_of(window.values, accepts)
+        found: Int64s = window.offsets[_one_of(window.words, wanted).any(axis=0)] if len(wanted) else window.offsets[:0]
         return found
 
     def _window(self, start: int, end: int) -> _Window:
@@ -151,8 +168,7 @@ class ThreadStorage:
         words, whole = self._rows(pointers, offsets)
         for row in np.flatnonzero(~whole).tolist():
             words[row] = self._connected(int(pointers[row]), offsets)
-        values, place = np.unique(words, return_inverse=True)
-        return _Window(offsets, values, place.reshape(words.shape))
+        return _Window(offsets, words, _different(words))
 
     def fit(self, offset: int, wanted: Wanted) -> Fit:
         """How well the threads' words at an offset are what is looked for."""

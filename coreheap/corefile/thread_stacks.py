@@ -119,7 +119,7 @@ def _stacks_behind_pointers(core: Core, distance: int) -> dict[int, ThreadStack]
     words, saved = rows_at(core.memory, np.array(places, np.uint64), 3)
     found: dict[int, ThreadStack] = {}
     for thread, place, fields, is_saved in zip(threads, places, words.tolist(), saved.tolist(), strict=True):
-        stack = _stack(core.memory, place, *fields, thread.index) if is_saved else None
+        stack = _stack(core.memory, place, *fields, thread=thread.index) if is_saved else None
         if stack is not None:
             found[thread.index] = stack
     return found
@@ -261,7 +261,7 @@ def stack_at(memory: AddressSpace, place: int) -> ThreadStack | None:
 
 
 def _stack(
-    memory: AddressSpace, place: int, start: int, size: int, guard: int, thread: int | None = None
+    memory: AddressSpace, place: int, start: int, size: int, guard: int, *, thread: int | None = None
 ) -> ThreadStack | None:
     """The stack, if three words of the descriptor at ``place`` can be its start, its size and its guard's."""
     end = start + size

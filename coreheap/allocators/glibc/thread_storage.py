@@ -90,10 +90,11 @@ def accepted(words: UInt64s, accepts: Callable[[UInt64s], Bools]) -> Bools:
 def _different(words: UInt64s) -> UInt64s:
     """Each value once, sorted, without 0."""
     # np.unique of numpy 2.3 and later takes several times as long as sorting.
-    values = np.sort(words, axis=None)
+    values: UInt64s = np.sort(words, axis=None)
     is_new = values != 0
     is_new[1:] &= values[1:] != values[:-1]
-    return values[is_new]
+    different: UInt64s = values[is_new]
+    return different
 
 
 def _accepted_of(values: UInt64s, accepts: Callable[[UInt64s], Bools]) -> UInt64s:

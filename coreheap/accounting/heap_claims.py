@@ -47,13 +47,14 @@ def heap_claims(heap: HeapSnapshot, claims: Claims) -> None:
         malloc_kind, prefix = (MappingKind.MAIN_ARENA, MAIN) if arena.is_main else (MappingKind.ARENA_HEAP, OTHER)
         for claimed, is_foreign in ((MappingKind.FOREIGN_SBRK, True), (malloc_kind, False)):
             parts = [part for part in arena.unattributed if (part.cause == FOREIGN) is is_foreign]
-            claims.add(
-                claimed,
-                [part.range.start for part in parts],
-                [part.range.end for part in parts],
-                arena=arena.index,
-                part=[claims.part_number(f"{prefix}_{part.cause}") for part in parts],
-            )
+            if parts:
+                claims.add(
+                    claimed,
+                    [part.range.start for part in parts],
+                    [part.range.end for part in parts],
+                    arena=arena.index,
+                    part=[claims.part_number(f"{prefix}_{part.cause}") for part in parts],
+                )
     sub_heaps = [(arena.index, sub_heap) for arena in heap.arenas for sub_heap in arena.sub_heaps]
     address = [sub_heap.address for _, sub_heap in sub_heaps]
     for kind, part, spans in (

@@ -20,7 +20,7 @@ from coreheap.allocators.glibc.parameters import (
     find_parameters,
     parameters_evidence,
 )
-from coreheap.allocators.glibc.records import HeapInfo, Layout, read_arena
+from coreheap.allocators.glibc.records import FREE_LIST_LIMIT, HeapInfo, Layout, read_arena
 from coreheap.allocators.glibc.scoring import ARENA_ACCEPTED, arena_score, sampled, sub_heap_score, tcache_score
 from coreheap.allocators.glibc.tcache import are_tcaches, tcache_kind, wanted_tcache
 from coreheap.allocators.glibc.thread_storage import ThreadStorage
@@ -35,6 +35,9 @@ from coreheap.quantities import format_address
 
 FIRST_CHUNK_TRUST = 0.5
 """What a tcache structure in a heap's first chunk is worth beside one that a thread's storage leads to."""
+
+RING_STEPS_LIMIT = 2 * FREE_LIST_LIMIT
+"""Members of all rings that are tried, together: thousands of arenas may lead into one ring that none of them is in."""
 
 TCACHES_SAMPLED = 16
 # Weights of the parts of a generation's score; each part's share is between 0 and 1.
@@ -171,10 +174,12 @@ class Search:
         best_key = (-1, False, 0.0)
         best_evidence: list[Evidence] = []
         covered: set[int] = set()
-
+        steps = 0
         for sighting in sightings:
             if sighting.address in covered or score_of(sighting.address) < ARENA_ACCEPTED:
                 continue
+            if steps > RING_STEPS_LIMIT:
+                break
             ring = locate.ring_from(
                 memory,
                 sighting.address,
@@ -183,6 +188,7 @@ class Search:
                 lambda address: not 0 <= score_of(address) < ARENA_ACCEPTED,
             )
             covered.update(ring.members)
+            steps += len(ring.members)
             known = [score for member in sampled(ring.members) if (score := score_of(member)) >= 0]
             # Damage in some arenas must not hide the others; a ring of mostly something else is not one.
             if 2 * sum(score >= ARENA_ACCEPTED for score in known) <= len(known):

@@ -16,7 +16,7 @@ from coreheap.corefile.stacks import Stacks
 from coreheap.corefile.unwinding import HandledSignal
 from coreheap.crash import CrashContext, FaultKind, PlaceNote, RegisterNote
 from coreheap.crashes.abort_message import find_abort_message
-from coreheap.crashes.backtrace import Backtrace, FunctionNames, backtrace, frames_of_malloc, is_inside_malloc
+from coreheap.crashes.backtrace import Backtrace, FunctionNames, backtrace, is_inside_malloc
 from coreheap.crashes.places import Places, is_canonical
 from coreheap.crashes.signals import (
     BUS_ADRERR,
@@ -85,7 +85,8 @@ def find_crash(
     parts = signature_parts(name, fault, message, damages, telling, build_ids, handled_name, program)
     wrong = find_wrong_free(core, heap, places, thread.index, trace, message, fault if handled is None else None)
     stale = None
-    if heap is not None and fault is not None and wrong is None and not _is_in_malloc(core, trace, number):
+    inside = is_inside_malloc(core, trace, names)
+    if heap is not None and fault is not None and wrong is None and not inside and not _is_of_libc(trace, number):
         stale = StaleObjects(core, places, trace, number, damages, holders).find(fault)
     return CrashContext(
         thread=thread.index,
@@ -100,7 +101,7 @@ def find_crash(
         frames=trace.frames,
         frames_end=trace.end,
         abort_message=message,
-        inside_malloc=is_inside_malloc(core, trace, names),
+        inside_malloc=inside,
         signature=signature_of(parts),
         signature_parts=parts,
         handled_signal=handled.number if handled is not None else None,
@@ -120,9 +121,10 @@ def _names(holders: Holders | None, chunk: ChunkPlace | None, slot: int | None =
     return tuple(dict.fromkeys(holder.name for holder in found))[:HOLDERS_NAMED]
 
 
-def _is_in_malloc(core: Core, trace: Backtrace, row: int) -> bool:
-    """Whether a frame is malloc's own: what it follows into nothing is a link of its lists."""
-    return row in frames_of_malloc(core, trace, is_refusal=False)
+def _is_of_libc(trace: Backtrace, row: int) -> bool:
+    """Whether a frame without a name is libc's, and so may be malloc's: what that follows into nothing is a link of its lists."""
+    frame = trace.frames[row]
+    return frame.symbol is None and frame.module is not None and frame.module.startswith(("libc.so", "libc-2"))
 
 
 def _handled_fault(trace: Backtrace) -> tuple[int, HandledSignal | None]:

@@ -56,6 +56,10 @@ class Refusals:
         chunk = self._index.chunk_starting_at(address - 2 * self._word)
         return ChunkState(int(self._index.state[chunk])) if chunk >= 0 else None
 
+    def is_unwalked(self, address: int) -> bool:
+        """Whether an address lies in an arena's memory that no chunk could be assigned to."""
+        return any(address in part.range for arena in self._heap.arenas for part in arena.unattributed)
+
     def cached_blocks(self) -> frozenset[int]:
         """The blocks in the crashed thread's tcache, as far as its lists can be followed."""
         if self._cached is None:

@@ -362,7 +362,11 @@ class _Finder:
         )
 
     def _is_live_block(self, address: int) -> bool:
-        return self._refusals.state_at(address) is ChunkState.IN_USE
+        """A block in use; and what may be one: heap memory that a damaged header hides, or that was not walked."""
+        if self._refusals.state_at(address) is ChunkState.IN_USE or self._refusals.is_unwalked(address):
+            return True
+        place = self._places.in_heap(address)
+        return place is not None and place.chunk is not None and place.chunk.state is ChunkState.DAMAGED
 
     def _is_on_stack(self, address: int) -> bool:
         return self._places.fault(address, was_denied=False).kind is FaultKind.STACK

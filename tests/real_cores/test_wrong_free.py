@@ -22,7 +22,9 @@ from coreheap.render.integrity import Soundness, integrity_of
 from coreheap.render.json_document import json_text
 from coreheap.report import Finding, Report
 from tests.real_cores.cases import CPLUSPLUS, Case, Linking
+from tests.real_cores.conftest import core_or_skip
 from tests.real_cores.crash_cores import Crash, crash_of
+from tests.real_cores.damage_cases import DAMAGE
 from tests.real_cores.targets import MATRIX_TARGETS
 
 FLAGS = ("-fPIE", "-pie", "-fomit-frame-pointer")
@@ -213,6 +215,14 @@ def test_what_was_on_a_fastbin_that_malloc_took_off_its_head(
     assert sorted(first.listed_blocks) == sorted(made.truth[f"listed{number}"] for number in range(5))
     assert first.confidence is Confidence.STRONG
     assert integrity_of(report).verdict is Soundness.DAMAGED
+
+
+@pytest.mark.parametrize("name", [name for name in DAMAGE if name.startswith("met_") and "double" not in name])
+def test_a_right_call_that_met_damage_is_not_accused(name: str) -> None:
+    """The block is hidden by a damaged header, or malloc itself followed a foreign link."""
+    with coreheap.open(core_or_skip(name).core) as core:
+        crash = coreheap.analyze(core, AnalysisOptions(leaks=False)).crash
+    assert crash is None or (crash.wrong_free, crash.stale_use) == (None, None)
 
 
 # ------------------------------------------------------------------------------------------------- C++

@@ -27,6 +27,8 @@ CASES = (
     "crash_in_malloc_next_size",
     "abort_double_free",
     "static_pie",
+    "hidden_pointers",
+    "out_of_sight",
 )
 
 

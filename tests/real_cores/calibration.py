@@ -110,10 +110,15 @@ def judged(finding: Finding, report: Report, truth: Truth, case: Case) -> tuple[
     if finding.code == "OTHER-ALLOCATOR":
         return _of(_other_allocator(finding, case))
     if finding.code == "PARTIAL-CORE":
-        return _of("the core is complete" if is_complete(truth) else "")
+        taken_away = case.program == "splits" and {"how=file", "how=unmap"} & {*case.arguments}
+        return _of("the core is complete" if is_complete(truth) and not taken_away else "")
     if report.heap is not None and truth.events_recorded:
         if finding.code == "LEAK":
-            return _of(", ".join(falsely_lost(report.heap, truth)[:3]))
+            of_emulator = (
+                "; qemu writes no memory that the program made inaccessible" if truth.made_by == "qemu" else ""
+            )
+            wrongly = ", ".join(falsely_lost(report.heap, truth)[:3])
+            return _of(wrongly and wrongly + of_emulator)
         if finding.code == "POSSIBLE-LEAK":
             return _of(_possible(report.heap, truth))
     if finding.code in FIGURES and truth.malloc_info is not None and report.heap is not None:
@@ -136,7 +141,7 @@ def _damage(finding: Finding, truth: Truth, case: Case) -> tuple[Judgement, str]
     bare = case.name.rpartition("/")[2]
     how, _, kind = bare.partition("_")
     kind = kind.partition("@")[0]
-    if true_code := DIED_INSIDE.get(bare):
+    if true_code := DONE_WRONG.get(bare):
         return _of("" if finding.code in (true_code, "ALLOCATOR-LOCKED") else f"it is {true_code}")
     if how in ("damaged", "met") and kind in EXPECTED:
         expected = EXPECTED[kind] if how == "damaged" else EXPECTED_MET[kind]
@@ -146,12 +151,13 @@ def _damage(finding: Finding, truth: Truth, case: Case) -> tuple[Judgement, str]
     return Judgement.NOT_JUDGED, ""
 
 
-DIED_INSIDE = {
+DONE_WRONG = {
     "crash_in_malloc_top": "CORRUPTION-OVERFLOW",
     "crash_in_malloc_next_size": "CORRUPTION-OVERFLOW",
     "crash_in_malloc_unsorted": "USE-AFTER-FREE",
+    "early_free_chunk": "CORRUPTION-INVALID-FREE",
 }
-"""What these programs did to their heap before they died inside malloc."""
+"""What these programs did to their heap, where their truth does not say it as the others' does."""
 
 
 def _abort(finding: Finding, truth: Truth, case: Case) -> tuple[Judgement, str]:

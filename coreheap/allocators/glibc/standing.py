@@ -17,7 +17,7 @@ import numpy as np
 from coreheap.allocators.glibc.gathering import UInt64s
 from coreheap.allocators.glibc.messages import Moment
 from coreheap.corefile import Core, Module
-from coreheap.corefile.interruptions import Interruption, interruptions
+from coreheap.corefile.interruptions import MOST_FRAMES, Interruption, interruptions
 from coreheap.corefile.threads import Thread
 from coreheap.errors import MemoryFault
 
@@ -82,6 +82,9 @@ class Standings:
 
     def _standing(self, thread: Thread) -> Standing | None:
         frames = interruptions(self._core, thread)
+        if len(frames) >= MOST_FRAMES:
+            # Handlers that interrupted handlers: what the first of them interrupted was not looked for any more.
+            return Standing(thread.index, Moment.BETWEEN_STORES, None, False)
         moments = [self._stood(frame) for frame in frames]
         moments.append(self._stands_now(thread))
         died = thread.index == 0 and self._died_of_itself(thread)

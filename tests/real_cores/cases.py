@@ -369,6 +369,9 @@ def _split_cases() -> Iterator[Case]:
             yield Case(f"split_{where}_headers_{how}", "splits", arguments)
     for how in ("none", "read", "dump", "unmap"):
         yield Case(f"split_top_{how}@native", "splits", ("where=main", "at=top", f"how={how}", "seed=241"))
+    for how in ("none", "read"):
+        arguments = ("where=main", "at=barred", f"how={how}", "seed=243")
+        yield Case(f"split_barred_{how}", "splits", arguments, dies_of="SIGSEGV")
     lost = Case("split_lost", "splits", ("where=lost", "seed=242"))
     yield lost
     yield lost.variant("gcore", made_by="gcore")

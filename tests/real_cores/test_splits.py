@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from coreheap.damage import DamageKind
 from coreheap.heap import ChunkState, HeapSnapshot
 from coreheap.leaks import Verdict
 from coreheap.report import Report
 from tests.real_cores import cores, targets
 from tests.real_cores.cases import CASES, MATRIX, Case
 from tests.real_cores.comparison import (
+    DAMAGE_CODES,
     compare_malloc_info,
     compare_sets,
     damage_of_a_sound_heap,
@@ -34,7 +36,8 @@ OF_ALL = {**CASES, **MATRIX}
 SPLIT = tuple(name for name, case in OF_ALL.items() if case.program == "splits")
 WITH_HEADERS = tuple(name for name in SPLIT if "at=headers" in OF_ALL[name].arguments)
 LOST = tuple(name for name in SPLIT if "where=lost" in OF_ALL[name].arguments)
-WHOLE = tuple(name for name in SPLIT if name not in WITH_HEADERS)
+BARRED = tuple(name for name in SPLIT if "at=barred" in OF_ALL[name].arguments)
+WHOLE = tuple(name for name in SPLIT if name not in (*WITH_HEADERS, *BARRED))
 
 HOLE_CAUSES = {
     "dump": "block_not_saved",
@@ -129,6 +132,18 @@ def without_headers_in(blocks: NDArray[np.uint64], holes: list[tuple[int, int]],
     for start, end in holes:
         inside |= (size_word >= start) & (size_word < end)
     return blocks[~inside]
+
+
+@pytest.mark.parametrize("name", BARRED)
+def test_malloc_that_died_at_a_protected_page_accuses_nobody(name: str) -> None:
+    report, truth = analysed(name)
+    assert report.heap is not None
+    freed = np.array(truth.note_numbers("barred"), np.uint64)
+    found = payloads(report.heap, ChunkState.IN_USE)
+    assert set_difference("in use", np.union1d(found, freed), truth.live_payload_address) == []
+    assert [damage.kind for damage in report.damages if damage.kind is not DamageKind.IN_TRANSITION] == []
+    assert [finding.code for finding in report.findings if finding.code.startswith(DAMAGE_CODES)] == []
+    assert report.defects == ()
 
 
 @pytest.mark.parametrize("name", LOST)

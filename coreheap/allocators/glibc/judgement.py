@@ -19,6 +19,7 @@ from coreheap.allocators.glibc.free_checks import (
     first_failing,
 )
 from coreheap.allocators.glibc.identify import Identification
+from coreheap.allocators.glibc.locate import WRITABLE
 from coreheap.allocators.glibc.messages import RULES, UNKNOWN_RULE, Moment, Said, messages_for, releases_of
 from coreheap.allocators.glibc.standing import SIGABRT, Standing, Standings, touched
 from coreheap.allocators.glibc.structures import FLAGS, IS_MMAPPED, NON_MAIN_ARENA, PREV_INUSE, WORDS_OF_A_FREE_CHUNK
@@ -119,7 +120,19 @@ class Judge:
     @cached_property
     def _standings(self) -> Standings:
         """Threads inside malloc; asked for only where something contradicts itself."""
-        return Standings(self.core, self._mallocs, self._glibc_stopped_itself)
+        return Standings(self.core, self._mallocs, self._glibc_stopped_itself, self._heap_was_barred())
+
+    def _heap_was_barred(self) -> bool:
+        """Whether the process ended where malloc may not write to memory of an arena: malloc itself never protects or unmaps that."""
+        place = self.core.process.fault_address
+        if place is None:
+            return False
+        ranges = [(arena.brk_range.start, arena.brk_range.end) for arena in self.arenas if arena.brk_range is not None]
+        heaps = [heap for arena in self.arenas for heap in arena.sub_heaps]
+        ranges += [(heap.address, heap.address + min(heap.size, heap.mprotect_size)) for heap in heaps]
+        region = self.memory.region_index(place)
+        is_writable = region is not None and bool(self.memory.region_flags[region] & WRITABLE)
+        return not is_writable and any(start <= place < end for start, end in ranges)
 
     # What a contradiction means
 

@@ -72,8 +72,12 @@ class Standing:
 class Standings:
     """Asks the threads of one core; ``inside`` are those that may be inside of malloc."""
 
-    def __init__(self, core: Core, mallocs: list[Module | None], glibc_stopped_itself: bool) -> None:
+    def __init__(
+        self, core: Core, mallocs: list[Module | None], glibc_stopped_itself: bool, heap_was_barred: bool
+    ) -> None:
+        """``heap_was_barred``: the fault is in pages of the heap itself that the program protected or took away."""
         self._core = core
+        self._heap_was_barred = heap_was_barred
         self._mallocs = [module for module in mallocs if module is not None]
         self._glibc_stopped_itself = glibc_stopped_itself
         self.are_all_known = len(core.threads) <= MOST_THREADS
@@ -98,6 +102,8 @@ class Standings:
     def _died_of_itself(self, thread: Thread) -> bool:
         """Whether what the first thread met ended the process, not a signal of somebody else."""
         process = self._core.process
+        if self._heap_was_barred:
+            return False  # malloc followed no wrong pointer: wherever it was, it would have stopped at that page
         if process.signal not in SIGNALS_OF_FAULTS or process.sender_pid not in (None, process.pid):
             return False
         number = thread.registers.get(SYSCALLS_OF_MALLOC.get(self._core.machine, ("", None))[0])

@@ -15,6 +15,7 @@ from coreheap.accounting.claims import NOBODY, Claims
 from coreheap.corefile import Core
 from coreheap.corefile.bss import module_bss
 from coreheap.corefile.kinds import RegionLabel, region_labels
+from coreheap.corefile.memory import HUGE_PAGES
 from coreheap.corefile.notes import text_of
 from coreheap.mappings import KINDS, MappingKind
 
@@ -33,8 +34,6 @@ KIND_OF_LABEL = {
 
 SHARED_FILES = (b"/SYSV", b"/memfd:", b"/dev/zero (deleted)", b"/dev/shm/", b"/run/shm/")
 """How the names of shared memory begin: ipc/shm.c, mm/memfd.c, mm/shmem.c (shmem_zero_setup), and glibc's shm_open."""
-HUGE_PAGES = b"/anon_hugepage"
-"""MAP_HUGETLB without a file: fs/hugetlbfs/inode.c, hugetlb_file_setup."""
 ZERO_DEVICE = b"/dev/zero"
 """A private mapping of the device is anonymous memory and keeps its file; a shared one gets a file of its own, which is shown as
 deleted (drivers/char/mem.c, mmap_zero)."""

@@ -13,9 +13,11 @@ import struct
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from coreheap.corefile.elf import Bytes, Words, buffer_of
 from coreheap.corefile.holes import FileExtents, HoleMeaning
@@ -24,6 +26,8 @@ from coreheap.corefile.regions import Backing, Regions, SavedRuns
 from coreheap.errors import MemoryFault
 
 TEXT_LIMIT: Final = 4096
+HUGE_PAGES: Final = b"/anon_hugepage"
+"""How the names of MAP_HUGETLB without a file begin: fs/hugetlbfs/inode.c, hugetlb_file_setup."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,13 @@ class AddressSpace:
         if index is None:
             return "unmapped"
         return Backing(int(self.region_backing[index])).name.lower()
+
+    @cached_property
+    def region_is_anonymous(self) -> npt.NDArray[np.bool_]:
+        """For each region whether it shows no file, bool[regions]; NT_FILE has a name for some anonymous memory, too."""
+        named = [path.startswith(HUGE_PAGES) for path in self.mapped_files.raw_paths]
+        is_named: npt.NDArray[np.bool_] = np.array([*named, True])[self.region_file_index]  # -1, no file, is the last
+        return is_named
 
     # Saved bytes
 

@@ -36,8 +36,6 @@ from coreheap.quantities import format_address
 UInt64s = npt.NDArray[np.uint64]
 
 WRITABLE = 2
-HUGE_PAGES = b"/anon_hugepage"
-"""MAP_HUGETLB without a file (glibc.malloc.hugetlb): fs/hugetlbfs/inode.c, hugetlb_file_setup."""
 PLACES_BEHIND_PROGRAM = 2
 """Writable anonymous mappings behind the program that may be the brk heap: its bss comes first."""
 
@@ -92,7 +90,7 @@ def mapped_for_data(memory: AddressSpace, addresses: UInt64s) -> npt.NDArray[np.
     position = np.maximum(position, 0)
     if len(memory.region_start):
         inside &= addresses < memory.region_end[position]
-        is_own = (memory.region_file_index[position] < 0) & (memory.region_backing[position] == Backing.SAVED)
+        is_own = memory.region_is_anonymous[position] & (memory.region_backing[position] == Backing.SAVED)
         inside &= ((memory.region_flags[position] & WRITABLE) != 0) | is_own
     return inside
 
@@ -370,8 +368,7 @@ def _joined_rows(
     memory: AddressSpace, separates: Callable[[UInt64s, UInt64s, npt.NDArray[np.int32]], npt.NDArray[np.bool_]]
 ) -> tuple[UInt64s, UInt64s]:
     has_content = ((memory.region_flags & WRITABLE) != 0) | (memory.region_backing == Backing.SAVED)
-    is_anonymous = (memory.region_file_index < 0) | is_named_anonymous(memory)
-    chosen = np.flatnonzero(has_content & is_anonymous & (memory.region_end <= np.uint64(PROCESS_END)))
+    chosen = np.flatnonzero(has_content & memory.region_is_anonymous & (memory.region_end <= np.uint64(PROCESS_END)))
     start, end = memory.region_start[chosen], memory.region_end[chosen]
     if not len(chosen):
         return start, end
@@ -381,13 +378,6 @@ def _joined_rows(
     return start[first], end[np.append(first[1:], len(start)) - 1]
 
 
-def is_named_anonymous(memory: AddressSpace) -> npt.NDArray[np.bool_]:
-    """For each region whether NT_FILE has a name for it though it is anonymous: MAP_HUGETLB without a file; bool[regions]."""
-    named = [path.startswith(HUGE_PAGES) for path in memory.mapped_files.raw_paths]
-    is_named: npt.NDArray[np.bool_] = np.array([*named, False])[memory.region_file_index]  # -1, no file, is the last
-    return is_named
-
-
 def windows_within(memory: AddressSpace, start: int, end: int) -> list[tuple[int, int]]:
     """The parts of [start, end) that show a file or shared memory: mapped over what was there (MAP_FIXED)."""
     first, last = (
@@ -395,7 +385,7 @@ def windows_within(memory: AddressSpace, start: int, end: int) -> list[tuple[int
         np.searchsorted(memory.region_start, np.uint64(end)),
     )
     rows = slice(int(first), int(last))
-    shows = (memory.region_file_index[rows] >= 0) & ~is_named_anonymous(memory)[rows]
+    shows = ~memory.region_is_anonymous[rows]
     low, high = memory.region_start[rows][shows], memory.region_end[rows][shows]
     return joined([(max(a, start), min(b, end)) for a, b in zip(low.tolist(), high.tolist(), strict=True)])
 

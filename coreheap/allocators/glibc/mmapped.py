@@ -255,7 +255,7 @@ def _is_saved_to_its_end(memory: AddressSpace, found: MmappedChunks) -> npt.NDAr
 def _holes_of(memory: AddressSpace, found: MmappedChunks) -> list[Gap]:
     """What of the chunks' mappings is not in the core or not theirs any more; of the first GAPS_KEPT chunks with such."""
     start, end = found.mapping_start, found.mapping_start + found.mapping_bytes
-    shows_file = np.concatenate([[0], np.cumsum(memory.region_file_index >= 0)])
+    shows_file = np.concatenate([[0], np.cumsum(~memory.region_is_anonymous)])
     first = np.searchsorted(memory.region_end, start, side="right")
     is_covered = shows_file[np.searchsorted(memory.region_start, end)] > shows_file[first]
     torn = np.flatnonzero(~_is_saved_to_its_end(memory, found) | is_covered)[:GAPS_KEPT]

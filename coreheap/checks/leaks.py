@@ -28,6 +28,11 @@ GROUPS_NAMED = 3
 SAVED_PER_MISSING = 100
 """Missing roots of more than one byte in so many saved ones speak strongly against a verdict on all roots."""
 
+LEFT_OUT_BY_WRITERS = {
+    "gdb": "gdb wrote this core, and leaves out without a trace what a program excludes from dumps (MADV_DONTDUMP)",
+    "qemu": "qemu-user wrote this core, and leaves out memory that the program made inaccessible (PROT_NONE)",
+}
+"""What a core lacks by who wrote it (gdb 13, gcore; qemu 7.2, linux-user/elfload.c, vma_dump_size)."""
 UNSEEN_POINTERS = (
     "pointers that are kept encoded or compressed, at unaligned addresses, in files or inside the kernel (epoll_data,"
     " timers) are not seen: what only they hold counts as lost"
@@ -252,14 +257,9 @@ def _doubts(case: Case, heap: HeapSnapshot, leaks: LeakReport, *, of_shared_memo
                 "a pointer there would hold a chunk",
             )
         )
-    if case.core.made_by == "gdb":
-        doubts.append(
-            doubt(
-                "gdb wrote this core, and leaves out without a trace what a program excludes from dumps (MADV_DONTDUMP)",
-                "notes of the core",
-                "a pointer there would hold a chunk",
-            )
-        )
+    left_out = LEFT_OUT_BY_WRITERS.get(case.core.made_by)
+    if left_out is not None:
+        doubts.append(doubt(left_out, "notes of the core", "a pointer there would hold a chunk"))
     return (*doubts, *map_doubts(case.gaps), *thread_doubts(case.gaps))
 
 

@@ -223,6 +223,9 @@ def test_every_block_has_the_verdict_that_is_meant(name: str, tmp_path: Path) ->
     false_losses = falsely_lost(report.heap, truth)
     if not circumstances_of(case, truth).inaccessible:
         false_losses = [line for line in false_losses if "page made inaccessible" not in line]
+        # What qemu leaves out may hold anything, so no leak is strong.
+        leaks = [finding for finding in report.findings if finding.code == "LEAK"]
+        assert all(finding.confidence.rank <= Confidence.PLAUSIBLE.rank for finding in leaks)
     assert false_losses == []
     allowed = allowed_in(case, truth)
     by_number = held_by_numbers(paths.core, report.heap, truth, allowed)

@@ -64,10 +64,12 @@ def region_labels(core: Core, *, with_stacks: bool = True) -> npt.NDArray[np.int
     kinds[in_bss & ~has_file & ~no_access] = RegionLabel.MODULE_BSS
     for region in _kernel_regions(core):
         kinds[region] = RegionLabel.KERNEL_PAGES
-    for thread in core.threads if with_stacks else ():
-        index = memory.region_index(thread.stack_pointer) if thread.stack_pointer else None
-        if index is not None and kinds[index] in (RegionLabel.OTHER_ANONYMOUS, RegionLabel.NO_ACCESS):
-            kinds[index] = RegionLabel.THREAD_STACKS
+    if with_stacks:
+        pointers = [thread.stack_pointer for thread in core.threads if thread.stack_pointer]
+        holding = memory.region_indices(np.array(pointers, np.uint64))
+        holding = holding[holding >= 0]
+        is_free = np.isin(kinds[holding], (RegionLabel.OTHER_ANONYMOUS, RegionLabel.NO_ACCESS))
+        kinds[holding[is_free]] = RegionLabel.THREAD_STACKS
     return kinds
 
 

@@ -139,6 +139,13 @@ class AddressSpace:
         index = bisect_right(self._region_starts, address) - 1
         return index if index >= 0 and address < int(self.region_end[index]) else None
 
+    def region_indices(self, addresses: Words) -> npt.NDArray[np.intp]:
+        """As ``region_index`` for many addresses, -1 where no region is known; intp[n]."""
+        index = np.searchsorted(self.region_start, addresses, side="right") - 1
+        if len(self.region_start):
+            index[addresses >= self.region_end[index]] = -1
+        return index
+
     def cause_missing(self, address: int) -> str:
         """Why the byte at an address cannot be read: a Backing in lower case, or "unmapped"."""
         index = self.region_index(address)

@@ -7,7 +7,6 @@ Does not know: sentences; the document has no prose of its own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from enum import Enum
 from importlib import resources
@@ -30,7 +29,15 @@ from coreheap.render.damage_document import crash_value, damages_value, integrit
 from coreheap.render.discretion import discreet_word, place_of, without_content
 from coreheap.render.free_memory_document import free_memory_value
 from coreheap.render.integrity import is_about_integrity
-from coreheap.render.json_values import Json, address_value, evidence_value, number_value, text_or_null, text_value
+from coreheap.render.json_values import (
+    Json,
+    address_value,
+    evidence_value,
+    indented_text,
+    number_value,
+    text_or_null,
+    text_value,
+)
 from coreheap.render.leak_documents import leaks_value, retained_value
 from coreheap.render.maps import mappings_value
 from coreheap.render.settings_document import settings_value
@@ -67,7 +74,7 @@ def check_json_text(report: Report) -> str:
 
 
 def _text(document: dict[str, Json]) -> str:
-    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+    return indented_text(document) + "\n"
 
 
 def json_document(report: Report) -> dict[str, Json]:

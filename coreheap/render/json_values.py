@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
+from json.encoder import encode_basestring_ascii
 
 from coreheap.evidence import Evidence
 from coreheap.quantities import format_address
@@ -47,3 +49,38 @@ def evidence_value(evidence: Iterable[Evidence], *, discreet: bool = False) -> J
         }
         for fact in evidence
     ]
+
+
+def indented_text(document: Json) -> str:
+    """The text that ``json.dumps(document, indent=2, allow_nan=False)`` gives.
+
+    json's encoder in C knows no indentation, and the one in Python hands each value through a generator for each level
+    above it: a tenth of all time for a report of many threads.
+    """
+    encode = json.JSONEncoder(allow_nan=False).encode
+    names: dict[str, str] = {}
+
+    def written(value: Json, margin: str) -> str:
+        kind = type(value)
+        if isinstance(value, str):
+            return encode_basestring_ascii(value)
+        if kind is int:
+            return repr(value)
+        if value is None:
+            return "null"
+        if kind is bool:
+            return "true" if value else "false"
+        inside = margin + "  "
+        if isinstance(value, dict) and value:
+            parts = []
+            for key, part in value.items():
+                if key not in names:
+                    names[key] = encode_basestring_ascii(key) + ": "
+                # Most values are plain numbers: they are spared the call.
+                parts.append(names[key] + (repr(part) if type(part) is int else written(part, inside)))
+            return f"{{{inside}{f',{inside}'.join(parts)}{margin}}}"
+        if isinstance(value, list) and value:
+            return f"[{inside}{f',{inside}'.join([written(part, inside) for part in value])}{margin}]"
+        return encode(value)
+
+    return written(document, "\n")

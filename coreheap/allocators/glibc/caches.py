@@ -12,14 +12,17 @@ import numpy as np
 
 from coreheap.allocators.glibc.identify import Identification
 from coreheap.allocators.glibc.locate import anonymous_ranges
+from coreheap.allocators.glibc.records import Layout
 from coreheap.allocators.glibc.tcache import (
     Cache,
     cache_at,
     caches_by_structure,
     caches_of_threads,
     possible_tcaches,
+    wanted_tcache,
 )
-from coreheap.allocators.glibc.threads import find_pairs
+from coreheap.allocators.glibc.thread_storage import ThreadStorage
+from coreheap.allocators.glibc.threads import find_pairs, leads_nowhere
 from coreheap.corefile import Core
 from coreheap.evidence import Gap
 from coreheap.heap import ChunkRegion, ChunkTable
@@ -73,7 +76,7 @@ class CacheSearch:
         elif words.tcache_offset is None and not layout.generation.tcache_is_never_null:
             by_lists = self._by_lists(found, chunks)
             caches += by_lists
-            if len(chunks) and (by_lists or not words.tcache_is_ruled_out):
+            if len(chunks) and (by_lists or not self._is_ruled_out(layout)):
                 self._note(
                     "tcache_not_found",
                     "no thread's tcache could be told from its thread-local storage: cached blocks may count as in use",
@@ -90,6 +93,11 @@ class CacheSearch:
             # A thread's end is told to the libc that started it alone: its tcache in another copy stays as it was.
             caches += self._by_lists(found, chunks)
         return caches
+
+    def _is_ruled_out(self, layout: Layout) -> bool:
+        """Whether no thread has anything in its storage that leads to a tcache structure."""
+        wanted = wanted_tcache(self.core.memory, layout)
+        return wanted is not None and leads_nowhere(ThreadStorage(self.core), wanted)
 
     def _note(self, cause: str, consequence: str) -> None:
         gap = Gap(cause, consequence)

@@ -52,8 +52,6 @@ class ThreadWords:
     ``arena`` and ``tcache`` are 0 where the thread has none. ``arena_offset`` and ``tcache_offset`` are relative to
     the thread pointer, None where the variable could not be told from others; the hits are threads whose word is sound,
     ``tcache_damaged`` those whose tcache is not.
-    ``tcache_is_ruled_out``: no word of any thread's storage leads to a chunk that could be a tcache structure, so no thread
-    has one. A process that called memalign alone is one: up to 2.41 only malloc and free make it.
     ``pair_distance`` is how far tcache lies behind thread_arena in every thread; None where that is unknown.
     """
 
@@ -65,7 +63,6 @@ class ThreadWords:
     arena_hits: int
     tcache_hits: int
     tcache_damaged: int
-    tcache_is_ruled_out: bool
     pair_distance: int | None
     evidence: tuple[Evidence, ...]
 
@@ -133,12 +130,15 @@ def find_thread_words(
             # An empty tcache is mostly zeros: the structures say less than arenas do.
             Strength.HINT,
         )
-    ruled_out = tcache is not None and tcache_choice.fit is None and _leads_nowhere(storage, tcache)
-    return _thread_words(storage, arena_choice.fit, tcache_choice.fit, ruled_out, libc, arena_choice, tcache_choice)
+    return _thread_words(storage, arena_choice.fit, tcache_choice.fit, libc, arena_choice, tcache_choice)
 
 
-def _leads_nowhere(storage: ThreadStorage, wanted: Wanted) -> bool:
-    """Whether every thread's storage is in the core, and no word of it leads to what may be wanted, damaged or not."""
+def leads_nowhere(storage: ThreadStorage, wanted: Wanted) -> bool:
+    """Whether every thread's storage is in the core, and no word of it leads to what may be wanted, damaged or not.
+
+    Then no thread has it. A process that called memalign alone has no tcache: up to 2.41 only malloc and free make it.
+    All static TLS is looked at, so it is asked of the layout that was chosen, not of each.
+    """
     if not len(storage.pointers) or not storage.known.all():
         return False
     return all(len(storage.offsets_with(*_window(storage, size), wanted.resembles)) == 0 for size in TLS_WINDOWS)
@@ -164,7 +164,6 @@ def _thread_words(
     storage: ThreadStorage,
     arena: Fit | None,
     tcache: Fit | None,
-    tcache_is_ruled_out: bool,
     libc: Globals | None,
     *choices: _Choice,
 ) -> ThreadWords:
@@ -181,7 +180,6 @@ def _thread_words(
         arena_hits=0 if arena is None else arena.hits,
         tcache_hits=0 if tcache is None else tcache.hits,
         tcache_damaged=0 if tcache is None else tcache.damaged,
-        tcache_is_ruled_out=tcache_is_ruled_out,
         pair_distance=_pair_distance(arena, tcache, libc),
         evidence=tuple(fact for choice in choices for fact in choice.evidence),
     )

@@ -99,6 +99,14 @@ class TestRegions:
         assert core.memory.read((1 << 64) - PAGE, 10) == b"x" * 10
         assert core.memory.region_index(0) is None
 
+    def test_regions_of_many_addresses_are_those_of_each(self, tmp_path: Path) -> None:
+        builder = CoreBuilder().add_segment(0x10000, b"a" * PAGE).add_segment(0x20000, None, PAGE)
+        memory = opened(builder.add_segment((1 << 64) - PAGE, b"x" * PAGE), tmp_path).memory
+        asked = [0, 0xFFFF, 0x10000, 0x10FFF, 0x11000, 0x1FFFF, 0x20800, 0x21000, (1 << 63), (1 << 64) - 1]
+        found = memory.region_indices(np.array(asked, np.uint64)).tolist()
+        assert found == [-1 if (row := memory.region_index(address)) is None else row for address in asked]
+        assert len(set(found)) > 2
+
     def test_of_the_kernels_half_only_its_own_pages_are_seen_and_never_writable(self, tmp_path: Path) -> None:
         builder = (
             CoreBuilder().add_segment(0xFFFFFFFFFF600000, b"v" * PAGE).add_segment(0x93A5850EA4C94000, b"x" * PAGE)

@@ -20,8 +20,9 @@ def test_nothing_is_missing(name: str) -> None:
     sysroot = None if target.release is None else targets.files_of(target, cores.default_directory()).sysroot
     report = report_on(core, sysroot)
     assert report.heap is not None
-    assert [gap.cause for gap in report.heap.gaps] == []
-    assert not report.is_partial
+    # An emulator's core tells no thread pointers: that no tcache is in thread-local storage cannot be seen there.
+    assert [gap.cause for gap in report.heap.gaps] == (["thread_storage_not_saved"] if target.is_emulated else [])
+    assert report.is_partial == target.is_emulated
     assert report.anomalies == ()
     count, _, byte_count = (int(argument) for argument in case_named(name).arguments)
     sizes: Counter[int] = Counter()

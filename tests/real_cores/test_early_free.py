@@ -37,4 +37,6 @@ def test_a_free_before_any_malloc_leaves_a_sound_ring(name: str) -> None:
     else:
         assert report.anomalies == ()
         assert report.damages == ()
-        assert codes == {"ALLOCATOR-ABORT"}
+        # Where the pointer is known, it is an invalid free; where the core tells too little, glibc's message alone.
+        assert codes - {"CORRUPTION-INVALID-FREE"} == {"ALLOCATOR-ABORT"}
+        assert "CORRUPTION-INVALID-FREE" in codes or target.release is not None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from coreheap.allocators.glibc import locate
 from coreheap.allocators.glibc.layouts import GENERATIONS, HUGE_PAGE_BYTES, WORD_CLASS_OF_MACHINE, WORD_CLASSES
@@ -21,7 +22,14 @@ from coreheap.allocators.glibc.parameters import (
     parameters_evidence,
 )
 from coreheap.allocators.glibc.records import FREE_LIST_LIMIT, HeapInfo, Layout, read_arena
-from coreheap.allocators.glibc.scoring import ARENA_ACCEPTED, arena_score, sampled, sub_heap_score, tcache_score
+from coreheap.allocators.glibc.scoring import (
+    ARENA_ACCEPTED,
+    arena_score,
+    fastbin_heads,
+    sampled,
+    sub_heap_score,
+    tcache_score,
+)
 from coreheap.allocators.glibc.tcache import are_tcaches, tcache_kind, wanted_tcache
 from coreheap.allocators.glibc.thread_storage import ThreadStorage
 from coreheap.allocators.glibc.threads import ThreadWords, copy_of, find_thread_words, wanted_arena
@@ -90,6 +98,7 @@ class FoundRing:
     headers: tuple[HeapInfo, ...]
     parts: dict[str, float]
     main_is_saved: bool
+    fastbin_heads: npt.NDArray[np.uint64]
     evidence: tuple[Evidence, ...]
 
 
@@ -205,11 +214,12 @@ class Search:
             parts["sub-heaps"] = sub_heap_share
             evidence.append(sub_heap_evidence)
         main_is_saved = best_ring.main is not None and score_of(best_ring.main) >= 0
-        return FoundRing(best_ring, heap_max, headers, parts, main_is_saved, tuple(evidence))
+        heads = fastbin_heads(memory, layout, sampled(best_ring.members))
+        return FoundRing(best_ring, heap_max, headers, parts, main_is_saved, heads, tuple(evidence))
 
     def score_of_arena(self, layout: Layout, address: int) -> float:
-        """As ``arena_score``, -1 where the malloc_state was not saved. Layouts with the same malloc_state have the same."""
-        scores = self.scores.setdefault(state_kind(layout), {})
+        """As ``arena_score``, -1 where the malloc_state was not saved. Layouts of the same kind have the same."""
+        scores = self.scores.setdefault(ring_kind(layout), {})
         if address not in scores:
             memory = self.core.memory
             try:
@@ -232,14 +242,13 @@ class Search:
         return self.words[kind]
 
 
-def state_kind(layout: Layout) -> Hashable:
-    """Equal for layouts with the same malloc_state: what ``arena_score`` asks of a layout."""
-    return layout.word_class.name, layout.generation.malloc_state, layout.generation.flags_hold_fastchunks
-
-
 def ring_kind(layout: Layout) -> Hashable:
-    """Equal for layouts under which the same places are arenas: what ``Search.find_ring`` asks of a layout."""
-    return state_kind(layout), layout.heap_info_bytes
+    """Equal for layouts under which the same places are arenas: what ``arena_score`` and ``Search.find_ring`` ask of one.
+
+    An unused main_arena is told by the heap_info that its next arena lies behind.
+    """
+    generation = layout.generation
+    return layout.word_class.name, generation.malloc_state, generation.flags_hold_fastchunks, layout.heap_info_bytes
 
 
 def search_of(core: Core) -> Search:
@@ -398,8 +407,9 @@ def _reading(search: Search, layout: Layout, found: FoundRing) -> Identification
     first_chunks += [member - layout.heap_info_bytes + layout.first_chunk_in_arena_heap for member in ring.others]
     first_payloads = [chunk + layout.word_class.header_bytes for chunk in first_chunks]
     return _with_threads(
-        search, layout, found.heap_max, ring, found.headers, parameters, parts, evidence, first_payloads
-    )
+        search, layout, found.heap_max, ring, found.headers, parameters, parts, evidence, first_payloads,
+        found.fastbin_heads,
+    )  # fmt: skip
 
 
 def _without_arenas(search: Search, layout: Layout) -> Identification | None:
@@ -427,6 +437,7 @@ def _without_arenas(search: Search, layout: Layout) -> Identification | None:
         {},
         evidence,
         [start + layout.word_class.header_bytes],
+        np.zeros(0, np.uint64),
     )
 
 
@@ -440,6 +451,7 @@ def _with_threads(
     parts: dict[str, float],
     evidence: list[Evidence],
     first_payloads: list[int],
+    heads: npt.NDArray[np.uint64],
 ) -> Identification:
     """Adds what the threads' storage says, and the score over all parts.
 
@@ -456,7 +468,7 @@ def _with_threads(
         # sbrk_base may be any number in a damaged mp_: behind the last address there is no chunk.
         payloads = np.array([address for address in first_payloads if address <= LAST_ADDRESS], np.uint64)
         addresses = payloads[are_tcaches(memory, layout, payloads)].tolist()
-    tcache_share, link_share = tcache_score(memory, layout, addresses[:TCACHES_SAMPLED])
+    tcache_share, link_share = tcache_score(memory, layout, addresses[:TCACHES_SAMPLED], heads)
     if tcache_share is not None:
         parts["tcache"] = trust * tcache_share
     if link_share is not None:

@@ -7,10 +7,13 @@ nor what their scores lead to (``identify``).
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from coreheap.allocators.glibc import locate
+from coreheap.allocators.glibc.gathering import words_at
 from coreheap.allocators.glibc.locate import ArenaRing
-from coreheap.allocators.glibc.records import BIN_COUNT, ArenaState, HeapInfo, Layout, read_tcache
+from coreheap.allocators.glibc.records import BIN_COUNT, ArenaState, HeapInfo, Layout, read_arena, read_tcache
+from coreheap.allocators.glibc.structures import SAFE_LINKING_SHIFT
 from coreheap.allocators.glibc.tcache import counts_agree, links_of_tcache
 from coreheap.corefile import AddressSpace
 from coreheap.errors import MemoryFault
@@ -20,6 +23,9 @@ ARENA_ACCEPTED = 0.9
 """Share of an arena's invariants that must hold before a place counts as an arena at all."""
 
 ARENAS_SAMPLED = 64
+
+FASTBINS_SAMPLED, FAST_CHUNKS_SAMPLED = 16, 64
+"""Arenas whose fastbins are asked how they are linked, and chunks of each list."""
 
 
 def arena_score(memory: AddressSpace, state: ArenaState, layout: Layout) -> float:
@@ -110,11 +116,51 @@ def sub_heap_score(
     return (held / asked if asked else None), evidence
 
 
-def tcache_score(memory: AddressSpace, layout: Layout, addresses: list[int]) -> tuple[float | None, float | None]:
-    """How well tcache structures fit (counts against lists) and how well links decode; None where there is nothing to ask."""
-    if layout.tcache is None or not addresses:
-        return None, None
-    held = asked = link_held = link_asked = 0
+def fastbin_heads(memory: AddressSpace, layout: Layout, members: tuple[int, ...]) -> npt.NDArray[np.uint64]:
+    """The first chunks of the fastbins of some arenas of a ring, as uint64 header addresses."""
+    heads: list[npt.NDArray[np.uint64]] = [np.zeros(0, np.uint64)]
+    for address in members[:FASTBINS_SAMPLED]:
+        try:
+            heads.append(read_arena(memory, address, layout).fastbins)
+        except MemoryFault:
+            continue
+    joined = np.concatenate(heads)
+    first_chunks: npt.NDArray[np.uint64] = joined[joined != 0]
+    return first_chunks
+
+
+def fastbin_links(memory: AddressSpace, layout: Layout, heads: npt.NDArray[np.uint64]) -> tuple[int, int]:
+    """Of the first chunks of fastbins: how many links decode to aligned memory (or the end), and how many were read.
+
+    Links are plain up to 2.31 and mangled from 2.32 on (PROTECT_PTR); all lists are followed in step, to their first bad link.
+    """
+    word_class = layout.word_class
+    good = seen = 0
+    header = heads
+    for _ in range(FAST_CHUNKS_SAMPLED):
+        if not len(header):
+            break
+        place = header + np.uint64(2 * word_class.word_bytes)
+        stored, saved = words_at(memory, place)
+        place, stored = place[saved], stored[saved]
+        following = stored ^ (place >> np.uint64(SAFE_LINKING_SHIFT)) if layout.generation.safe_linking else stored
+        is_aligned = following % np.uint64(word_class.alignment) == word_class.granule_phase
+        fits = (following == 0) | (is_aligned & locate.mapped_for_data(memory, following))
+        seen += len(fits)
+        good += int(fits.sum())
+        header = following[fits & (following != 0)]
+    return good, seen
+
+
+def tcache_score(
+    memory: AddressSpace, layout: Layout, addresses: list[int], heads: npt.NDArray[np.uint64]
+) -> tuple[float | None, float | None]:
+    """How well tcache structures fit (counts against lists) and how well links decode, those of fastbins from ``heads`` on
+    included; None where there is nothing to ask."""
+    link_held, link_asked = fastbin_links(memory, layout, heads)
+    held = asked = 0
+    if layout.tcache is None:
+        addresses = []
     for address in addresses:
         try:
             state = read_tcache(memory, address, layout)

@@ -112,6 +112,8 @@ def judged(finding: Finding, report: Report, truth: Truth, case: Case) -> tuple[
     if finding.code == "PARTIAL-CORE":
         taken_away = case.program == "splits" and {"how=file", "how=unmap"} & {*case.arguments}
         return _of("the core is complete" if is_complete(truth) and not taken_away else "")
+    if finding.code == "UNJOINED-THREADS" and case.program == "unjoined":
+        return _of(_unjoined(finding, truth, case))
     if report.heap is not None and truth.events_recorded:
         if finding.code == "LEAK":
             of_emulator = (
@@ -195,6 +197,16 @@ def _other_allocator(finding: Finding, case: Case) -> str:
     has = {name.removeprefix("other_allocator_").partition("@")[0]} if name.startswith("other_allocator_") else set()
     has |= {"jemalloc"} if "libjemalloc.so.2" in " ".join(case.arguments) else set()
     return "" if finding.subject in has else f"it has no {finding.subject}"
+
+
+def _unjoined(finding: Finding, truth: Truth, case: Case) -> str:
+    """Against the threads that unjoined.c ended and left: none of its parent's in a fork's child, half as many where the child has some."""
+    arguments = dict(word.split("=") for word in case.arguments)
+    left = len(truth.notes["ended_stack"]) if arguments["how"] in ("lost", "kept") else 0
+    if "fork" in arguments:
+        left = int(arguments.get("threads", 60)) // 2 if arguments["fork"] == "2" else 0
+    said = finding.quantity("threads")
+    return "" if said == left else f"{said} threads, the process left {left}"
 
 
 def _possible(heap: HeapSnapshot, truth: Truth) -> str:

@@ -18,8 +18,10 @@ UNKNOWN_THOUGH_SAVED = (
     "piece_of_unknown_copy",
     "release_unknown",
     "tcache_not_found",
+    "thread_storage_not_saved",
 )
-"""Gaps of the heap that a whole core may have as well: what was saved there does not tell."""
+"""Gaps of the heap that a whole core may have as well: what was saved there does not tell. An emulator's core holds the threads'
+storage, and no register that leads to it (qemu-user leaves the guest's thread pointer out, linux-user/elfload.c)."""
 
 
 def findings(case: Case) -> tuple[Finding, ...]:

@@ -158,6 +158,9 @@ DONE_WRONG = {
     "crash_in_malloc_next_size": "CORRUPTION-OVERFLOW",
     "crash_in_malloc_unsorted": "USE-AFTER-FREE",
     "early_free_chunk": "CORRUPTION-INVALID-FREE",
+    "early_free_global": "CORRUPTION-INVALID-FREE",
+    "early_free_stack": "CORRUPTION-INVALID-FREE",
+    "abort_double_free": "DOUBLE-FREE",
 }
 """What these programs did to their heap, where their truth does not say it as the others' does."""
 

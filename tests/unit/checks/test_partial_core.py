@@ -45,7 +45,10 @@ def test_sound_core_is_not_partial(case_of: CaseOf) -> None:
     assert findings(case_of(build_process(release("2.36"), THREADS))) == ()
 
 
-@pytest.mark.parametrize("cause", ["tcache_not_found", "release_unknown", "other_malloc_copy", "piece_of_unknown_copy"])
+@pytest.mark.parametrize(
+    "cause",
+    ["tcache_not_found", "thread_storage_not_saved", "release_unknown", "other_malloc_copy", "piece_of_unknown_copy"],
+)
 def test_what_a_whole_core_does_not_tell_is_not_missing(case_of: CaseOf, cause: str) -> None:
     """A program that called no malloc but posix_memalign has no tcache: no limit cut its core, and no other would have one."""
     gap = Gap(cause, "something is unknown")

@@ -73,12 +73,14 @@ StateTotals = dict[ChunkState, StateTotal]
 
 def sum_of_totals(parts: Iterator[StateTotals]) -> StateTotals:
     """Totals of several heaps added up; every state is present, with zeros where nothing has it."""
-    totals = {state: StateTotal() for state in ChunkState}
+    nothing = StateTotal()
+    totals = dict.fromkeys(ChunkState, nothing)
     for part in parts:
         for state, total in part.items():
             # Most heaps have chunks of few states, and there may be many heaps.
             if total.count:
-                totals[state] = totals[state] + total
+                held = totals[state]
+                totals[state] = total if held is nothing else held + total
     return totals
 
 

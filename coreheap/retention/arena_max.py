@@ -6,6 +6,7 @@ Knows: that arenas keep free memory apart from each other. Does not know: what t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from coreheap.free_memory import ArenaFreeMemory, ArenaMaxEstimate
 from coreheap.heap import Arena
@@ -17,20 +18,31 @@ CHOICES = (1, 2, 4, 8)
 def arena_max_estimates(arenas: Sequence[Arena], free: Sequence[ArenaFreeMemory]) -> tuple[ArenaMaxEstimate, ...]:
     """An estimate for each number of arenas below the one there is; arenas of the program's own malloc only."""
     pairs = [(arena, memory) for arena, memory in zip(arenas, free, strict=True) if arena.copy == 0]
-    others = sorted((pair for pair in pairs if not pair[0].is_main), key=lambda pair: -_not_live(pair[1]))
+    others = [_held(arena, memory) for arena, memory in pairs if not arena.is_main]
+    others.sort(key=lambda held: -held.not_live_bytes)
     return tuple(_estimate(number, others) for number in CHOICES if number < len(others) + 1)
 
 
-def _not_live(memory: ArenaFreeMemory) -> int:
-    """Committed bytes that live chunks do not take: what an arena could give up at most."""
-    return max(memory.total("committed_bytes") - memory.total("live_bytes") - memory.total("tcache_bytes"), 0)
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What an arena holds. ``not_live_bytes``: committed and not taken by live chunks, what it could give up at most."""
+
+    live_bytes: int
+    not_live_bytes: int
+    reserved_bytes: int
 
 
-def _estimate(number: int, others: Sequence[tuple[Arena, ArenaFreeMemory]]) -> ArenaMaxEstimate:
+def _held(arena: Arena, memory: ArenaFreeMemory) -> _Held:
+    live = memory.total("live_bytes")
+    not_live = memory.total("committed_bytes") - live - memory.total("tcache_bytes")
+    return _Held(live, max(not_live, 0), arena.reserved_bytes or 0)
+
+
+def _estimate(number: int, others: Sequence[_Held]) -> ArenaMaxEstimate:
     gone = others[: len(others) - (number - 1)]
-    high = sum(_not_live(memory) for _, memory in gone)
-    reserved = sum(arena.reserved_bytes or 0 for arena, _ in gone)
-    live = sum(memory.total("live_bytes") for _, memory in gone)
+    high = sum(held.not_live_bytes for held in gone)
+    reserved = sum(held.reserved_bytes for held in gone)
+    live = sum(held.live_bytes for held in gone)
     return ArenaMaxEstimate(
         arena_max=number,
         arenas_gone=len(gone),

@@ -18,7 +18,7 @@ from coreheap.free_memory import Pin, PinChain
 from coreheap.heap import ChunkState, ChunkTable, HeapSnapshot
 from coreheap.kernels import chunk_extents
 from coreheap.leaks import Verdict
-from coreheap.retention.runs import JOINED_STATES, RegionRuns
+from coreheap.retention.runs import JOINED_STATES, RegionRuns, RunColumns
 
 Int64s = npt.NDArray[np.int64]
 
@@ -43,7 +43,7 @@ _MOST_FENCEPOSTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Gaps:
-    """What lies between the runs of one heap, by address; int64 columns of equal length.
+    """What lies between the runs of heaps, by address in each; int64 columns of equal length.
 
     ``first_chunk``, ``end_chunk``: its chunks; ``bytes``: of those that are not free; ``below``, ``above``: bytes of the runs beside it, 0 where
     there is none; ``pages_below``: whole pages of the run below.
@@ -61,35 +61,53 @@ class Gaps:
     def __len__(self) -> int:
         return len(self.address)
 
-
-def gaps_of(table: ChunkTable, parts: Sequence[RegionRuns]) -> Gaps:
-    """The gaps of a heap's regions, without the fenceposts at a heap's end."""
-    columns = zip(*(_gaps_of_region(table, part) for part in parts), strict=True)
-    if not parts:
-        return Gaps(*(np.zeros(0, np.int64) for _ in range(8)))
-    return Gaps(*(np.concatenate(column) for column in columns))
+    def between(self, first: int, end: int) -> Gaps:
+        """Those of the rows [first, end)."""
+        columns = (self.address, self.first_chunk, self.end_chunk, self.count, self.bytes)
+        beside = (self.below, self.above, self.pages_below)
+        return Gaps(*(column[first:end] for column in (*columns, *beside)))
 
 
-def _gaps_of_region(table: ChunkTable, part: RegionRuns) -> tuple[Int64s, ...]:
-    region, runs = part.region, part.runs
-    zero = np.zeros(1, np.int64)
-    start = np.concatenate(([region.range.start], runs.end.astype(np.int64)))
-    end = np.append(runs.start.astype(np.int64), region.range.end)
-    first = np.concatenate(([region.first_chunk], runs.end_chunk))
-    last = np.append(runs.first_chunk, region.first_chunk + region.chunk_count)
-    size = (runs.end - runs.start).astype(np.int64)
-    before = runs.free_bytes_before.astype(np.int64)
+def gaps_of(table: ChunkTable, parts: Sequence[RegionRuns], runs: RunColumns) -> tuple[Gaps, Int64s]:
+    """The gaps of many regions, without the fenceposts at a region's end, and where each region's begin, int64[regions + 1].
+
+    ``runs``: those of the regions as columns.
+    """
+    # A region of n runs has n + 1 gaps: one below each run, and one above the last.
+    first_row = runs.rows[:-1] + np.arange(len(parts))
+    last_row = runs.rows[1:] + np.arange(len(parts))
+    count = len(runs.start) + len(parts)
+    is_below = np.ones(count, np.bool_)
+    is_below[last_row] = False
+    below = np.flatnonzero(is_below)
+    above = below + 1
+
+    def beginning(values: npt.NDArray[np.generic], at_edge: Sequence[int] | int) -> Int64s:
+        """A column that has a value of each run in the gap above it, and one of each region in its first gap."""
+        column = np.empty(count, np.int64)
+        column[above] = values.astype(np.int64)
+        column[first_row] = np.array(at_edge, np.uint64).astype(np.int64)
+        return column
+
+    def ending(values: npt.NDArray[np.generic], at_edge: Sequence[int] | int) -> Int64s:
+        """A column that has a value of each run in the gap below it, and one of each region in its last gap."""
+        column = np.empty(count, np.int64)
+        column[below] = values.astype(np.int64)
+        column[last_row] = np.array(at_edge, np.uint64).astype(np.int64)
+        return column
+
+    regions = [part.region for part in parts]
+    size = runs.end - runs.start
+    start = beginning(runs.end, [region.range.start for region in regions])
+    end = ending(runs.start, [region.range.end for region in regions])
+    first = beginning(runs.end_chunk, [region.first_chunk for region in regions])
+    last = ending(runs.first_chunk, [region.first_chunk + region.chunk_count for region in regions])
     # Small free chunks inside of a gap: all free bytes below its end less those below its start.
-    free = np.append(before, runs.free_bytes) - np.concatenate((zero, before + size))
-    count_before = runs.free_count_before
-    free_count = np.append(count_before, runs.free_count) - np.concatenate(
-        (zero, count_before + runs.end_chunk - runs.first_chunk)
-    )
-    fenceposts = _fenceposts(table, int(first[-1]), int(last[-1]))
-    if len(fenceposts):
-        last[-1] = fenceposts[0]
-        _, fencepost_bytes = chunk_extents(table.index, fenceposts)
-        end[-1] -= int(fencepost_bytes.sum())
+    free = ending(runs.free_bytes_before, [part.runs.free_bytes for part in parts])
+    free -= beginning(runs.free_bytes_before + size, 0)
+    free_count = ending(runs.free_count_before, [part.runs.free_count for part in parts])
+    free_count -= beginning(runs.free_count_before + runs.end_chunk - runs.first_chunk, 0)
+    _leave_fenceposts_out(table, last_row, first, last, end)
     keep = last > first
     columns = (
         start,
@@ -97,25 +115,31 @@ def _gaps_of_region(table: ChunkTable, part: RegionRuns) -> tuple[Int64s, ...]:
         last,
         last - first - free_count,
         end - start - free,
-        np.concatenate((zero, size)),
-        np.append(size, zero),
-        np.concatenate((zero, part.whole_page_bytes.astype(np.int64))),
+        beginning(size, 0),
+        ending(size, 0),
+        beginning(runs.page_end - runs.page_start, 0),
     )
-    return tuple(column[keep] for column in columns)
+    rows = np.concatenate(([0], np.cumsum(keep)))[np.append(first_row, count)]
+    return Gaps(*(column[keep] for column in columns)), rows
 
 
-def _fenceposts(table: ChunkTable, first: int, end: int) -> Int64s:
-    """The fenceposts that the chunks [first, end) of a region end in, if they do."""
-    low = max(first, end - _MOST_FENCEPOSTS)
-    others = np.flatnonzero(table.index.state[low:end] != ChunkState.FENCEPOST)
-    return np.arange(low + (int(others[-1]) + 1 if len(others) else 0), end, dtype=np.int64)
+def _leave_fenceposts_out(table: ChunkTable, rows: Int64s, first: Int64s, last: Int64s, end: Int64s) -> None:
+    """Let some gaps end before the fenceposts that their chunks [first, last) end in, if they do."""
+    state = table.index.state
+    for _ in range(_MOST_FENCEPOSTS):
+        rows = rows[last[rows] > first[rows]]
+        rows = rows[state[last[rows] - 1] == ChunkState.FENCEPOST]
+        if not len(rows):
+            return
+        last[rows] -= 1
+        end[rows] -= chunk_extents(table.index, last[rows])[1].astype(np.int64)
 
 
 def pin_chain(table: ChunkTable, gaps: Gaps) -> PinChain:
     """What would have to go for most of the free memory below it to join the heap's end."""
-    gained = np.cumsum(gaps.pages_below[::-1])
-    if not len(gained) or not gained[-1]:
+    if not gaps.pages_below.any():
         return PinChain()
+    gained = np.cumsum(gaps.pages_below[::-1])
     last = int(np.searchsorted(gained, MOST * gained[-1]))
     return PinChain(
         free_below_bytes=int(gained[-1]),
@@ -141,8 +165,10 @@ def largest_pins(arena: int, sub_heap: int | None, gaps: Gaps) -> Iterator[tuple
     if not len(gaps) or not (gaps.pages_below.any() or gaps.above.any()):
         return
     highest = len(gaps) - 1
-    order = np.argsort(-gaps.pages_below, kind="stable")[:PINS_OF_A_HEAP].tolist()
-    rows = [row for row in order if gaps.pages_below[row]]
+    rows: list[int] = []
+    if gaps.pages_below.any():
+        order = np.argsort(-gaps.pages_below, kind="stable")[:PINS_OF_A_HEAP].tolist()
+        rows = [row for row in order if gaps.pages_below[row]]
     # All that is live in a sub-heap, if it is little, keeps what is free above it as well.
     is_alone = sub_heap is not None and not rows and gaps.bytes.sum() * SMALL_SHARE <= gaps.above[highest]
     if rows or is_alone:

@@ -8,6 +8,7 @@ run of such chunks is what the bins hold afterwards; from 2.43 on there are no f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,10 @@ from coreheap.heap import BINNED_STATES, ChunkRegion, ChunkState, HeapSnapshot
 from coreheap.kernels import FreeRuns, find_free_runs
 
 UInt64s = npt.NDArray[np.uint64]
+Int64s = npt.NDArray[np.int64]
+
+_NO_ADDRESS = np.zeros(0, np.uint64)
+_NO_CHUNK = np.zeros(0, np.int64)
 
 JOINED_STATES = (ChunkState.FASTBIN, *BINNED_STATES, ChunkState.TOP)
 JOINED_MASK = sum(1 << state for state in JOINED_STATES)
@@ -33,27 +38,52 @@ class RegionRuns:
     runs: FreeRuns
     page_bytes: int
 
-    @property
-    def page_start(self) -> UInt64s:
-        """The first whole page of each run, uint64; may lie above ``page_end`` where a run holds none."""
-        return round_up(self.runs.start, self.page_bytes)
 
-    @property
-    def page_end(self) -> UInt64s:
-        """Where the last whole page of each run ends, uint64."""
-        return round_down(self.runs.end, self.page_bytes)
+@dataclass(frozen=True, slots=True)
+class RunColumns:
+    """The runs of many regions one behind the other, columns of equal length; ``rows``, int64[regions + 1]: where each region's begin.
 
-    @property
-    def whole_pages(self) -> tuple[UInt64s, UInt64s]:
-        """The whole pages of the runs that hold any, as disjoint spans by address."""
-        start, end = self.page_start, self.page_end
-        has_any = end > start
-        return start[has_any], end[has_any]
+    ``page_start``, ``page_end``: the first whole page of each run, and where its last one ends; a run that holds none has both alike.
+    """
 
-    @property
-    def whole_page_bytes(self) -> UInt64s:
-        """Bytes of whole pages of each run, uint64."""
-        return span_bytes(self.page_start, self.page_end)
+    rows: Int64s
+    start: UInt64s
+    end: UInt64s
+    first_chunk: Int64s
+    end_chunk: Int64s
+    free_bytes_before: UInt64s
+    free_count_before: Int64s
+    page_start: UInt64s
+    page_end: UInt64s
+
+    @classmethod
+    def of(cls, parts: Sequence[RegionRuns]) -> RunColumns:
+        runs = [part.runs for part in parts]
+        start = np.concatenate([_NO_ADDRESS, *(run.start for run in runs)])
+        end = np.concatenate([_NO_ADDRESS, *(run.end for run in runs)])
+        page_start, page_end = start[:0], end[:0]
+        if parts:
+            page_start = round_up(start, parts[0].page_bytes)
+            page_end = np.maximum(round_down(end, parts[0].page_bytes), page_start)
+        return cls(
+            np.cumsum([0, *(len(run) for run in runs)], dtype=np.int64),
+            start,
+            end,
+            np.concatenate([_NO_CHUNK, *(run.first_chunk for run in runs)]),
+            np.concatenate([_NO_CHUNK, *(run.end_chunk for run in runs)]),
+            np.concatenate([_NO_ADDRESS, *(run.free_bytes_before for run in runs)]),
+            np.concatenate([_NO_CHUNK, *(run.free_count_before for run in runs)]),
+            page_start,
+            page_end,
+        )
+
+
+def sums_between(values: UInt64s, rows: Int64s) -> list[int]:
+    """The sums of a column's rows [rows[i], rows[i + 1])."""
+    before = np.zeros(len(values) + 1, np.uint64)
+    np.cumsum(values, out=before[1:])
+    sums: list[int] = (before[rows[1:]] - before[rows[:-1]]).tolist()
+    return sums
 
 
 def runs_of(heap: HeapSnapshot, regions: tuple[int, ...], page_bytes: int) -> tuple[RegionRuns, ...]:
@@ -74,9 +104,3 @@ def round_up(address: UInt64s, page_bytes: int) -> UInt64s:
 def round_down(address: UInt64s, page_bytes: int) -> UInt64s:
     rounded: UInt64s = address & ~np.uint64(page_bytes - 1)
     return rounded
-
-
-def span_bytes(start: UInt64s, end: UInt64s) -> UInt64s:
-    """end - start, 0 where a span would be negative."""
-    size: UInt64s = np.where(end > start, end - start, np.uint64(0))
-    return size

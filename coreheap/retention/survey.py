@@ -6,7 +6,7 @@ Knows: in which order runs, trim and pins are asked, and how their numbers belon
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,8 @@ from coreheap.heap import Arena, ChunkState, HeapSnapshot, StateTotals, SubHeap,
 from coreheap.mappings import ResidencyBasis
 from coreheap.retention.arena_max import arena_max_estimates
 from coreheap.retention.pins import gaps_of, largest_pins, pin_chain, reported_pins
-from coreheap.retention.runs import RegionRuns, runs_of
-from coreheap.retention.trim import PageResidency, ends_at_break, estimate, trim_spans
+from coreheap.retention.runs import RegionRuns, RunColumns, runs_of, sums_between
+from coreheap.retention.trim import PageResidency, ends_at_break, estimates, trim_spans
 
 HolderNames = Callable[[Sequence[npt.NDArray[np.int64]]], Sequence[str | None]]
 """For each group of chunks what holds the first of them that a root holds directly (``Namer.typical_holders``)."""
@@ -36,44 +36,54 @@ def survey_free_memory(
     have none.
     """
     residency = PageResidency(core, basis)
-    arenas: list[ArenaFreeMemory] = []
+    heaps = [
+        _Heap(arena, sub_heap, runs_of(heap, regions, core.page_bytes))
+        for arena in heap.arenas
+        for sub_heap, regions in _heaps_of(heap, arena)
+    ]
+    parts = [part for each in heaps for part in each.parts]
+    # Where each heap's regions begin; there may be thousands of heaps, so what can be is done for all at once.
+    first_part = np.cumsum([0, *(len(each.parts) for each in heaps)], dtype=np.int64)
+    runs = RunColumns.of(parts)
+    gaps, gap_rows = gaps_of(heap.chunks, parts, runs)
+    heap_gaps = gap_rows[first_part].tolist()
+    run_rows = runs.rows[first_part]
+    whole_pages = sums_between(runs.page_end - runs.page_start, run_rows)
+    low, high = (sums_between(column, run_rows) for column in residency.of_each(runs.page_start, runs.page_end))
+    trims = estimates([trim_spans(core, heap, each.arena, each.parts) for each in heaps], residency)
+    found: dict[int, list[HeapFreeMemory]] = {arena.index: [] for arena in heap.arenas}
     candidates: list[tuple[Pin, int]] = []
-    for arena in heap.arenas:
-        heaps: list[HeapFreeMemory] = []
-        for sub_heap, regions in _heaps_of(heap, arena):
-            parts = runs_of(heap, regions, core.page_bytes)
-            gaps = gaps_of(heap.chunks, parts)
-            candidates.extend(largest_pins(arena.index, sub_heap, gaps))
-            totals = sum_of_totals(part.region.totals for part in parts)
-            trim = estimate(trim_spans(core, heap, arena, parts), residency)
-            resident = [residency.within(*part.whole_pages) for part in parts]
-            place = arena.sub_heaps[sub_heap] if sub_heap is not None else None
-            free = sum(part.runs.free_bytes for part in parts)
-            whole = sum(int(part.whole_page_bytes.sum()) for part in parts)
-            heaps.append(
-                HeapFreeMemory(
-                    arena=arena.index,
-                    sub_heap=sub_heap,
-                    address=place.address if place is not None else None,
-                    committed_bytes=_committed(arena, place, parts),
-                    live_count=_sum(totals, "count", ChunkState.IN_USE, ChunkState.ALLOCATOR_OWN),
-                    live_bytes=_sum(totals, "chunk_bytes", ChunkState.IN_USE, ChunkState.ALLOCATOR_OWN),
-                    tcache_bytes=totals[ChunkState.TCACHE].chunk_bytes,
-                    free_bytes=free,
-                    unlisted_bytes=totals[ChunkState.FREE_UNLISTED].chunk_bytes,
-                    top_bytes=totals[ChunkState.TOP].chunk_bytes,
-                    largest_free_bytes=max((part.runs.largest_bytes for part in parts), default=0),
-                    whole_page_bytes=whole,
-                    shared_page_bytes=free - whole,
-                    trim=trim,
-                    top_stays=_top_stays(core, heap, arena, parts, totals),
-                    pins=pin_chain(heap.chunks, gaps),
-                    free_resident_low=sum(low for low, _ in resident),
-                    # A page that free memory shares with other chunks was in memory, as far as is known, or not.
-                    free_resident_high=sum(high for _, high in resident) + free - whole,
-                )
+    for row, each in enumerate(heaps):
+        arena, own_gaps = each.arena, gaps.between(heap_gaps[row], heap_gaps[row + 1])
+        candidates.extend(largest_pins(arena.index, each.sub_heap, own_gaps))
+        totals = sum_of_totals(part.region.totals for part in each.parts)
+        place = arena.sub_heaps[each.sub_heap] if each.sub_heap is not None else None
+        free = sum(part.runs.free_bytes for part in each.parts)
+        shared = free - whole_pages[row]
+        found[arena.index].append(
+            HeapFreeMemory(
+                arena=arena.index,
+                sub_heap=each.sub_heap,
+                address=place.address if place is not None else None,
+                committed_bytes=_committed(arena, place, each.parts),
+                live_count=totals[ChunkState.IN_USE].count + totals[ChunkState.ALLOCATOR_OWN].count,
+                live_bytes=totals[ChunkState.IN_USE].chunk_bytes + totals[ChunkState.ALLOCATOR_OWN].chunk_bytes,
+                tcache_bytes=totals[ChunkState.TCACHE].chunk_bytes,
+                free_bytes=free,
+                unlisted_bytes=totals[ChunkState.FREE_UNLISTED].chunk_bytes,
+                top_bytes=totals[ChunkState.TOP].chunk_bytes,
+                largest_free_bytes=max((part.runs.largest_bytes for part in each.parts), default=0),
+                whole_page_bytes=whole_pages[row],
+                shared_page_bytes=shared,
+                trim=trims[row],
+                top_stays=_top_stays(core, heap, arena, each.parts, totals),
+                pins=pin_chain(heap.chunks, own_gaps),
+                free_resident_low=low[row],
+                # A page that free memory shares with other chunks was in memory, as far as is known, or not.
+                free_resident_high=high[row] + shared,
             )
-        arenas.append(ArenaFreeMemory(arena.index, tuple(heaps)))
+        )
+    arenas = [ArenaFreeMemory(arena.index, tuple(found[arena.index])) for arena in heap.arenas]
     pins = reported_pins(heap, candidates)
     if holders is not None:
         names = holders([np.array([pin.first_chunk], np.int64) for pin in pins])
@@ -85,6 +95,15 @@ def survey_free_memory(
         arena_max=arena_max_estimates(heap.arenas, arenas),
         basis=basis,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Heap:
+    """One heap of an arena, and the runs of each of its regions. ``sub_heap`` None: the main arena's memory."""
+
+    arena: Arena
+    sub_heap: int | None
+    parts: tuple[RegionRuns, ...]
 
 
 def _heaps_of(heap: HeapSnapshot, arena: Arena) -> Iterator[tuple[int | None, tuple[int, ...]]]:
@@ -105,10 +124,6 @@ def _committed(arena: Arena, place: SubHeap | None, parts: Sequence[RegionRuns])
         return place.committed_bytes
     walked = sum(part.region.range.byte_count for part in parts)
     return max((arena.system_mem or 0) - arena.foreign_bytes, walked)
-
-
-def _sum(totals: StateTotals, name: str, *states: ChunkState) -> int:
-    return sum(int(getattr(totals[state], name)) for state in states)
 
 
 def _top_stays(

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from coreheap.corefile import Core
-from coreheap.corefile.residency import pages_with_content, saved_runs, stored_pieces
+from coreheap.corefile.residency import ByteRuns, pages_with_content, saved_runs, stored_pieces
 from coreheap.free_memory import TrimEstimate
 from coreheap.heap import Arena, HeapSnapshot, RegionKind
 from coreheap.mappings import ResidencyBasis
-from coreheap.retention.runs import HEADER_WORDS, RegionRuns, round_down, round_up
+from coreheap.retention.runs import HEADER_WORDS, RegionRuns, round_down, round_up, sums_between
 
 UInt64s = npt.NDArray[np.uint64]
 
@@ -50,15 +50,18 @@ def trim_spans(core: Core, heap: HeapSnapshot, arena: Arena, parts: Sequence[Reg
     header = np.uint64(HEADER_WORDS * heap.chunks.word_bytes)
     for part in parts:
         binned = ~part.runs.has_top
-        start = round_up(part.runs.start[binned] + header, part.page_bytes)
-        end = round_down(part.runs.end[binned], part.page_bytes)
-        starts.append(start[end > start])
-        ends.append(end[end > start])
+        if binned.any():
+            start = round_up(part.runs.start[binned] + header, part.page_bytes)
+            end = round_down(part.runs.end[binned], part.page_bytes)
+            starts.append(start[end > start])
+            ends.append(end[end > start])
         if arena.is_main and part.runs.has_top.any():
             at_break = ends_at_break(core, part)
             if at_break is not False:
                 top = _top_span(core, heap, arena, part)
                 unsure = at_break is None
+    if len(starts) == 1:
+        return TrimSpans(_NONE, _NONE, top, unsure)
     start, end = np.concatenate(starts), np.concatenate(ends)
     order = np.argsort(start, kind="stable")
     return TrimSpans(start[order], end[order], top, unsure)
@@ -94,33 +97,43 @@ class PageResidency:
     def __init__(self, core: Core, basis: ResidencyBasis) -> None:
         self._memory = core.memory
         self._saved = saved_runs(core.memory)
+        start, end, _ = core.memory.populated_runs()
+        self._in_file = ByteRuns(start, end)
         self.basis = basis
 
-    def within(self, start: UInt64s, end: UInt64s) -> tuple[int, int]:
-        """Bytes of disjoint spans, by address, that were in memory: at least, and at most."""
-        whole = int((end - start).sum())
-        if not whole or self.basis is ResidencyBasis.UNKNOWN:
-            return 0, whole
-        stored = stored_pieces(self._memory, start, end)
+    def of_each(self, start: UInt64s, end: UInt64s) -> tuple[UInt64s, UInt64s]:
+        """Bytes of each of disjoint spans that were in memory, at least and at most; uint64 columns."""
+        whole: UInt64s = end - start
+        if self.basis is ResidencyBasis.UNKNOWN or not whole.any():
+            return np.zeros(len(whole), np.uint64), whole
         if self.basis is ResidencyBasis.HOLES:
-            in_file = int((stored.end - stored.start).sum())
-            missing = whole - int(self._saved.bytes_within(start, end).sum())
-            return in_file, in_file + missing
-        return int(pages_with_content(self._memory, stored).bytes_within(start, end).sum()), whole
+            in_file = self._in_file.bytes_within(start, end)
+            return in_file, in_file + whole - self._saved.bytes_within(start, end)
+        order = np.argsort(start, kind="stable")
+        stored = stored_pieces(self._memory, start[order], end[order])
+        return pages_with_content(self._memory, stored).bytes_within(start, end), whole
 
 
-def estimate(spans: TrimSpans, residency: PageResidency) -> TrimEstimate:
-    """The spans as numbers."""
-    start, end = spans.start, spans.end
-    low, high = residency.within(start, end)
+def estimates(spans: Sequence[TrimSpans], residency: PageResidency) -> list[TrimEstimate]:
+    """The spans of each heap as numbers."""
+    start = np.concatenate([_NONE, *(span.start for span in spans)])
+    end = np.concatenate([_NONE, *(span.end for span in spans)])
+    rows = np.cumsum([0, *(len(span.start) for span in spans)], dtype=np.int64)
+    of_bins = [sums_between(column, rows) for column in (end - start, *residency.of_each(start, end))]
+    return [
+        _estimate(residency, span, bins_bytes, low, high)
+        for span, bins_bytes, low, high in zip(spans, *of_bins, strict=True)
+    ]
+
+
+def _estimate(residency: PageResidency, spans: TrimSpans, bins_bytes: int, low: int, high: int) -> TrimEstimate:
     top_bytes = unsure = 0
     if spans.top is not None:
-        top_start, top_end = (np.array([address], np.uint64) for address in spans.top)
-        of_top = residency.within(top_start, top_end)
+        of_top = residency.of_each(*(np.array([address], np.uint64) for address in spans.top))
         top_bytes = spans.top[1] - spans.top[0]
-        high += of_top[1]
+        high += int(of_top[1][0])
         if spans.top_is_unsure:
             top_bytes, unsure = 0, top_bytes
         else:
-            low += of_top[0]
-    return TrimEstimate(int((end - start).sum()), top_bytes, low, high, unsure)
+            low += int(of_top[0][0])
+    return TrimEstimate(bins_bytes, top_bytes, low, high, unsure)

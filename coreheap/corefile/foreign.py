@@ -149,9 +149,11 @@ def refuse_sections_alone(header: elf.ElfHeader, where: str) -> None:
 
 
 def _by_notes(notes: NoteTable) -> ForeignDump | None:
+    """By owners of notes: dumps of machines have Linux' own notes as well, cores of other systems have none of these."""
+    is_linux = any(owner in _LINUX[:2] for owner in notes.owners)
     for beginning, dump in _OWNERS:
         if any(owner.startswith(beginning) for owner in notes.owners):
-            return dump
+            return None if is_linux and dump.next_step is _OF_ITS_SYSTEM else dump
     if all(len(notes.rows(kind)) for kind in _SOLARIS_KINDS[:2]) or len(notes.rows(_SOLARIS_KINDS[2])):
         return _SOLARIS
     return None

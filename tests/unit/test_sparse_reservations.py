@@ -12,7 +12,6 @@ import pytest
 import coreheap
 from coreheap.accounting.other_allocators.memory import AnonymousMemory
 from coreheap.allocators.glibc import identify, locate
-from coreheap.allocators.glibc.records import HeapInfo, Layout, read_heap_info
 from coreheap.corefile import AddressSpace
 from coreheap.kernels.values import ArenaCandidates
 from tests.core_builder import CoreBuilder
@@ -51,13 +50,13 @@ def test_headers_of_sub_heaps_are_not_looked_for_in_holes(
     sparse: coreheap.Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    original = read_heap_info
+    original = locate.columns_at
 
-    def counted(memory: AddressSpace, address: int, layout: Layout) -> HeapInfo:
-        read.append(address)
-        return original(memory, address, layout)
+    def counted(memory: AddressSpace, addresses: np.ndarray, *fields: object) -> object:
+        read.extend(addresses.tolist())
+        return original(memory, addresses, *fields)
 
-    monkeypatch.setattr(locate, "read_heap_info", counted)
+    monkeypatch.setattr(locate, "columns_at", counted)
     assert locate.sub_heap_headers(sparse, identify.layouts_for(sparse)[0], STEP) == ()
     assert read == [START, START + CONTENT]
 

@@ -44,7 +44,7 @@ from coreheap.render.settings_document import settings_value
 from coreheap.render.tables import json_rows, threads_table
 from coreheap.report import CoreSummary, Finding, LedgerNode, Phase, ProcessSummary, Quantity, Report, Unit
 
-SCHEMA_VERSION = "1.3"
+SCHEMA_VERSION = "1.4"
 """Grows in its second number when keys are added; the first would change only if a key changed its meaning."""
 
 ADDRESS_PARAMETERS = frozenset({"sbrk_base"})

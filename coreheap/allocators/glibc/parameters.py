@@ -17,10 +17,15 @@ from coreheap.allocators.glibc.records import Layout, read_arena, read_parameter
 from coreheap.corefile import AddressSpace, Core
 from coreheap.errors import MemoryFault
 from coreheap.evidence import Evidence, Strength
+from coreheap.kernels import StopReason, chain_reaches
 
 PARAMETERS_ACCEPTED = 0.8
 PARAMETERS_REACH = 1 << 16
 """mp_ lies in the same data section as main_arena; in fifteen libraries at most 0x960 bytes away."""
+
+CHUNKS_AT_THE_START = 16
+"""Chunks in a row, or up to top, that prove the start of a heap which nothing else tells."""
+STARTS_TRIED = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +64,13 @@ def _parameter_scores(core: Core, layout: Layout, ring: ArenaRing, first: int, l
     memory, fields = core.memory, layout.parameters
     word = layout.word_class.word_bytes
     starts_of_brk: list[int] = []
+    top = 0
     if ring.main is not None:
         try:
             state = read_arena(memory, ring.main, layout)
             size_word = memory.read_word(state.top + word) if state.top else 0
             top_end = state.top + (size_word & ~7)
+            top = state.top
             if state.is_contiguous:
                 # A damaged top or system_mem says nothing of where the break began; a mapping up to the one that top lies in still does.
                 starts_of_brk = [top_end - state.system_mem, *mappings_up_to(memory, state.top)]
@@ -76,7 +83,7 @@ def _parameter_scores(core: Core, layout: Layout, ring: ArenaRing, first: int, l
         if count <= 0:
             continue
         raw = memory.view(begin, run_end)
-        score, places = _score_places(core, layout, raw, count, begin, starts_of_brk)
+        score, places = _score_places(core, layout, raw, count, begin, starts_of_brk, top)
         place = int(score.argmax())
         if best is None or float(score[place]) > best[1]:
             best = (int(places[place]), float(score[place]))
@@ -90,6 +97,7 @@ def _score_places(
     count: int,
     begin: int,
     starts_of_brk: list[int],
+    top: int,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     fields, word = layout.parameters, layout.word_class.word_bytes
 
@@ -122,7 +130,8 @@ def _score_places(
     ]
     if starts_of_brk:
         expected = np.array([start & (2**64 - 1) for start in starts_of_brk], np.uint64)
-        checks.append((3, np.isin(sbrk_base, expected)))
+        begun = _where_heaps_begin(core, layout, sbrk_base, min(starts_of_brk[1:], default=top), top)
+        checks.append((3, np.isin(sbrk_base, np.concatenate([expected, begun]))))
         checks.append((1, sbrk_base == expected[0]))
     else:
         # Set at the arena's first growth, by brk or by mmap.
@@ -153,6 +162,26 @@ def _score_places(
         score += weight * holds
     places = begin + word * np.arange(count, dtype=np.int64)
     return score / total, places
+
+
+def _where_heaps_begin(
+    core: Core, layout: Layout, values: npt.NDArray[np.uint64], first: int, top: int
+) -> npt.NDArray[np.uint64]:
+    """Which values are a page in [first, top) of one saved stretch with top, from whose start on one chunk follows the other.
+
+    The break begins inside of a mapping in qemu-user, where .bss and it are one, and behind what a program took by sbrk before.
+    """
+    memory, geometry, page = core.memory, layout.geometry, np.uint64(core.page_bytes)
+    inside = (values >= np.uint64(first)) & (values < np.uint64(top)) & (values % page == 0)
+    found = []
+    for value in np.unique(values[inside])[:STARTS_TRIED].tolist():
+        start = layout.aligned_header(value)
+        if start >= top or not memory.is_saved(start, top) or len(memory.saved_runs_within(start, top)) != 1:
+            continue
+        chain = chain_reaches(memory.view(start, top), geometry, 0, top - start, CHUNKS_AT_THE_START)
+        if chain.stop_reason in (StopReason.LIMIT, StopReason.TOP):
+            found.append(value)
+    return np.array(found, np.uint64)
 
 
 def parameters_evidence(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,7 +13,7 @@ from coreheap.allocators.glibc.caches import CacheSearch
 from coreheap.allocators.glibc.copies import Copies, identify_copies
 from coreheap.allocators.glibc.integrity import Integrity
 from coreheap.allocators.glibc.judgement import Judge
-from coreheap.allocators.glibc.leads import ListedChunks, listed_chunks
+from coreheap.allocators.glibc.leads import listed_chunks
 from coreheap.allocators.glibc.mmapped import find_mmapped
 from coreheap.allocators.glibc.overlay import Overlay, mark_own
 from coreheap.allocators.glibc.stretches import stretches_of
@@ -48,8 +50,12 @@ class GlibcAllocator:
         counts = _of_all(copies, "n_mmaps"), _of_all(copies, "mmapped_mem")
         mmapped = find_mmapped(core, layout, excluded, *counts, _counter_places(copies))
         hidden: tuple[int, ...] = ()
+        # Those of threads whose storage tells them; the others are found among the chunks.
+        told = [cache for copy in range(len(found)) for cache in _caches_told(core, copies, copy)]
+        is_second = False
         while True:
-            walker = HeapWalker(core, layout, list(memory.stretches), lambda: _listed(core, copies, survey), hidden)
+            listed = partial(listed_chunks, core, layout, survey.arenas, told)
+            walker = HeapWalker(core, layout, list(memory.stretches), listed, hidden)
             for number, stretch in enumerate(memory.stretches):
                 progress("walking heaps", number, len(memory.stretches))
                 walker.walk(stretch)
@@ -75,10 +81,13 @@ class GlibcAllocator:
                 key_place = module.symbol_address("tcache_key") if module is not None else None
                 overlay.tcaches(of_copy, count, sum(map(len, caches)), key_place)
                 caches.append(of_copy)
-            if hidden or not overlay.hidden_starts:
+            known = {cache.address for cache in told}
+            more = [cache for of_copy in caches for cache in of_copy if cache.address not in known]
+            if is_second or not (overlay.hidden_starts or (more and walker.has_asked_lists)):
                 break
-            # A damaged size leads over chunks to a real boundary: only lists show that. Once more, with what they say.
-            hidden = tuple(overlay.hidden_starts)
+            # A damaged size leads over chunks to a real boundary: only lists show that, and the size of a chunk whose header is
+            # lost. Once more, with what they say.
+            hidden, told, is_second = tuple(overlay.hidden_starts), [*told, *more], True
         _mark_unlisted_top(survey, walk)
         progress("checking malloc's structures", 0, None)
         integrity = Integrity(core, layout, survey, walk, overlay, judge)
@@ -103,24 +112,16 @@ def _counter_places(copies: Copies) -> tuple[int, int] | None:
     return parameters.address + fields.offset("n_mmaps"), parameters.address + fields.offset("mmapped_mem")
 
 
-def _listed(core: Core, copies: Copies, survey: ArenaSurvey) -> ListedChunks:
-    """What the free lists of all copies lead to."""
-    caches = [
-        cache
-        for found in copies.found
-        if found.layout.tcache is not None
-        for cache in caches_of_threads(core, found.layout, found.thread_words.tcache)
-    ]
-    return listed_chunks(core, copies.found[0].layout, survey.arenas, caches)
+def _caches_told(core: Core, copies: Copies, copy: int) -> list[Cache]:
+    """The tcaches that running threads have in a copy, as their storage tells them."""
+    found = copies.found[copy]
+    return [] if found.layout.tcache is None else caches_of_threads(core, found.layout, found.thread_words.tcache)
 
 
 def _cached_heads(core: Core, copies: Copies, copy: int) -> npt.NDArray[np.uint64]:
     """Payload addresses at the heads of the tcache lists that running threads have in a copy; uint64[n]."""
-    found = copies.found[copy]
-    if found.layout.tcache is None:
-        return np.zeros(0, np.uint64)
-    caches = caches_of_threads(core, found.layout, found.thread_words.tcache)
-    return np.concatenate([np.zeros(0, np.uint64), *(cache.state.entries for cache in caches)])
+    heads = [cache.state.entries for cache in _caches_told(core, copies, copy)]
+    return np.concatenate([np.zeros(0, np.uint64), *heads])
 
 
 def _mark_unlisted_top(survey: ArenaSurvey, walk: HeapWalk) -> None:

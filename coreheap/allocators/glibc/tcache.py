@@ -152,21 +152,21 @@ def _counts_agree(layout: Layout, counts: UInt64s, entries: UInt64s) -> Bools:
     return fits
 
 
-def _one_count_is_wrong(layout: Layout, counts: UInt64s, entries: UInt64s) -> Bools:
-    """For each row whether its counts would go with its list heads but for one."""
+def _one_list_is_wrong(layout: Layout, counts: UInt64s, entries: UInt64s) -> Bools:
+    """For each row whether its counts would go with its list heads but for one list, whose head may be misaligned."""
     has_entry = entries != 0
-    aligned: Bools = (entries % np.uint64(layout.word_class.alignment) == 0).all(axis=1)
+    misaligned = entries % np.uint64(layout.word_class.alignment) != 0
     if not layout.generation.tcache_counts_free_slots:
-        aligned &= ((counts > 0) != has_entry).sum(axis=1) == 1
-        return aligned
+        one: Bools = (misaligned | ((counts > 0) != has_entry)).sum(axis=1) == 1
+        return one
     # Empty lists have all slots free: the one in the middle of theirs by size says how many that is.
     empty = (~has_entry).sum(axis=1)
     ordered = np.sort(np.where(has_entry, np.iinfo(np.uint64).max, counts), axis=1)
     slots = ordered[np.arange(len(ordered)), np.minimum(empty // 2, ordered.shape[1] - 1)][:, None]
-    aligned &= empty >= EMPTY_LISTS_OF_A_DAMAGED_ONE
-    wrong = np.where(has_entry, counts >= slots, counts != slots)
-    aligned &= (slots[:, 0] > 0) & (wrong.sum(axis=1) == 1)
-    return aligned
+    wrong = misaligned | np.where(has_entry, counts >= slots, counts != slots)
+    fits: Bools = (empty >= EMPTY_LISTS_OF_A_DAMAGED_ONE) & (slots[:, 0] > 0)
+    fits &= wrong.sum(axis=1) == 1
+    return fits
 
 
 def _lists_at(memory: AddressSpace, layout: Layout, addresses: UInt64s) -> tuple[UInt64s, UInt64s, Bools]:
@@ -263,15 +263,17 @@ def caches_by_structure(core: Core, layout: Layout, chunks: ChunkTable) -> list[
 def possible_tcaches(core: Core, layout: Layout, chunks: ChunkTable) -> UInt64s:
     """Payload addresses of all chunks in use that may hold a tcache structure, empty ones included.
 
-    One with a single wrong count is taken, too, where its lists lead on as such lists do.
+    One with a single wrong count or misaligned head is taken, too, where its other lists lead on as such lists do.
     """
     memory = core.memory
     found = [np.zeros(0, np.uint64)]
     for addresses in _chunks_of_tcache_size(layout, chunks):
         counts, entries, saved = _lists_at(memory, layout, addresses)
         may_be = saved & _counts_agree(layout, counts, entries)
-        damaged = np.flatnonzero(saved & ~may_be & entries.any(axis=1) & _one_count_is_wrong(layout, counts, entries))
-        good, seen = _links_of(memory, layout, entries[damaged], addresses[damaged])
+        damaged = np.flatnonzero(saved & ~may_be & entries.any(axis=1) & _one_list_is_wrong(layout, counts, entries))
+        heads = entries[damaged]
+        heads[heads % np.uint64(layout.word_class.alignment) != 0] = 0
+        good, seen = _links_of(memory, layout, heads, addresses[damaged])
         may_be[damaged] = (good == seen) & (seen >= LINKS_OF_A_DAMAGED_ONE)
         may_be[may_be] = have_tcache_size(memory, layout, addresses[may_be])
         found.append(addresses[may_be])

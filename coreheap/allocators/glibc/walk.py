@@ -329,6 +329,11 @@ class HeapWalker:
         return ChunkState.FREE_UNLISTED if is_free else ChunkState.IN_USE
 
     @property
+    def has_asked_lists(self) -> bool:
+        """Whether something was so damaged that what free lists lead to was weighed."""
+        return self._listed_chunks is not None
+
+    @property
     def _all_listed(self) -> ListedChunks:
         if self._listed_chunks is None:
             self._listed_chunks = self._listed()

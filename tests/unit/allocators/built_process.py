@@ -285,6 +285,7 @@ class BuiltProcess:
     unsaved: list[tuple[int, int, str]]
     program: int
     signal: int = 11
+    tells_thread_pointers: bool = True
 
     @property
     def machine(self) -> Machine:
@@ -339,7 +340,8 @@ class BuiltProcess:
         for address, content, byte_count, flags in sorted(segments, key=lambda row: row[0]):
             core.add_segment(address, content, byte_count, flags)
         for number, thread in enumerate(self.threads):
-            core.add_thread(4242 + number, stack_pointer=thread.stack_pointer, thread_pointer=thread.thread_pointer)
+            pointer = thread.thread_pointer if self.tells_thread_pointers else None
+            core.add_thread(4242 + number, stack_pointer=thread.stack_pointer, thread_pointer=pointer)
         return core
 
     def write(self, folder: Path, left_out: Collection[int] = ()) -> Path:

@@ -329,6 +329,27 @@ def test_system_mem_that_lies(arena: int, value: int, tmp_path: Path) -> None:
     assert process.arenas[2].top + 16 in states_of(heap)[TOP]
 
 
+@machines("2.31 aarch64", "2.41 aarch64", "2.44 aarch64", "2.36 x86_64", "2.36 i386")
+@pytest.mark.parametrize("more", [0xC000, 0x173000])
+def test_system_mem_that_lies_where_the_break_begins_inside_of_a_mapping(
+    name: str, machine_name: str, more: int, tmp_path: Path
+) -> None:
+    """As in qemu-user, where .bss and the break are one, and behind what a program took by sbrk before malloc did."""
+    process = build_process(release(name, machine_name), THREADS)
+    main = process.arenas[0]
+    before, blocks = 3 * PAGE, process.builder.memory.blocks
+    start = main.segments[0].start & ~(PAGE - 1)
+    blocks[start - before] = bytearray(before) + blocks.pop(start)
+    process.put_field("malloc_par", process.mp, "arena_test", 11)
+    assert "malloc_par_unknown" not in causes(analyze(process, tmp_path))
+    process.put_field("malloc_state", main.state_address, "system_mem", main.system_mem + more)
+    process.put_field("malloc_state", main.state_address, "max_system_mem", main.system_mem + more)
+    report = analyze(process, tmp_path)
+    assert "malloc_par_unknown" not in causes(report)
+    assert "system_mem_damaged" in codes(report)
+    assert states_of(heap_of(report)) == process.truth
+
+
 @pytest.mark.parametrize("size", [0x21, PAGE | 1, 0x4141_4141_4141_4141])
 def test_size_of_the_main_arenas_top_that_lies_is_one_anomaly(size: int, tmp_path: Path) -> None:
     process = built()
@@ -449,6 +470,46 @@ def test_damaged_tcache_structure_costs_no_other(name: str, machine_name: str, t
     lost = process.truth[TCACHE] - found[TCACHE]
     assert lost <= found[IN_USE]
     assert len(found[TCACHE]) > len(process.truth[TCACHE]) / 2
+
+
+@machines("2.31 aarch64", "2.36 aarch64", "2.42 aarch64", "2.44 aarch64", "2.36 i386")
+@pytest.mark.parametrize("head", [0x1238, 0x7878_7878_7878_7878])
+def test_tcache_with_a_misaligned_head_is_found_where_no_thread_pointer_is_told(
+    name: str, machine_name: str, head: int, tmp_path: Path
+) -> None:
+    process = build_process(release(name, machine_name), THREADS)
+    process.tells_thread_pointers = False
+    word = process.machine.word_bytes
+    assert states_of(heap_of(analyze(process, tmp_path))) == process.truth
+    victim = process.threads[1].tcache
+    entries = process.field("tcache_perthread_struct", victim, "entries")
+    used = [number for number in range(64) if process.get(entries + number * word)]
+    before = process.get(entries + used[0] * word)
+    lost = next(
+        {c.payload_address(process.machine) for c in item.chunks} for item in process.lists if item.head == before
+    )
+    process.put(entries + used[0] * word, head & (1 << 8 * word) - 1)
+    report = analyze(process, tmp_path)
+    assert "list_misaligned" in codes(report)
+    found = states_of(heap_of(report))
+    assert found[OWN] == process.truth[OWN]
+    assert found[TCACHE] == process.truth[TCACHE] - lost
+
+
+@machines("2.31 aarch64", "2.36 aarch64", "2.44 aarch64", "2.36 i386")
+def test_lost_header_of_a_cached_block_is_known_by_its_list_where_no_thread_pointer_is_told(
+    name: str, machine_name: str, tmp_path: Path
+) -> None:
+    process = build_process(release(name, machine_name), THREADS)
+    process.tells_thread_pointers = False
+    (victim, *_), word = next(item for item in process.lists if item.state == TCACHE).chunks, process.machine.word_bytes
+    process.put(victim.header_address + word, 0x6369_7571_2065_6874 >> 64 - 8 * word)
+    report = analyze(process, tmp_path)
+    (broken,) = [anomaly for anomaly in report.anomalies if anomaly.code == "broken_chunk"]
+    assert broken.address == victim.header_address
+    assert broken.expected_word is not None
+    assert broken.expected_word & ~7 == victim.chunk_bytes
+    assert states_of(heap_of(report))[TCACHE] == process.truth[TCACHE]
 
 
 def test_cycle_on_a_tcache_list_ends(tmp_path: Path) -> None:

@@ -176,10 +176,11 @@ def _in_order(parts: Mapping[str, _Part]) -> dict[str, _Part]:
 
     order = sorted(used, key=weight, reverse=True)
     if order and order[0][1].resident is not None:
-        low, high = order[0][1].resident
+        low, _ = order[0][1].resident
         most = max((part.perhaps for _, part in order[1:]), default=0)
-        # Bounds that are far apart: pages that free and live chunks share are no reason to doubt.
-        if most > low and most - low > MUCH_APART * max(high, most):
+        # Bounds that are far apart: pages that free and live chunks share are no reason to doubt. How much the first may have had is
+        # none to believe it either: a reservation of 600 MiB of which 1 MiB surely was there.
+        if most - low > MUCH_APART * most:
             unsure = doubt(
                 f"{format_bytes(low)} of it were surely in memory, of another part up to {format_bytes(most)} may have been",
                 "pages that the core has content for",

@@ -229,6 +229,19 @@ def test_a_reservation_that_nobody_touched_does_not_hide_what_is_known(sound: Ca
     assert first.topic == "thread_stacks"
 
 
+def test_a_large_reservation_that_may_have_been_used_leads_with_doubt(sound: Case) -> None:
+    """Go's runtime, dumped by gdb: 630 MiB of which 1 MiB surely was in memory, beside 14 MiB that surely were."""
+    reserved, known, other = (
+        (OTHER, 630 * MIB, MIB, 630 * MIB),
+        (DATA, 16 * MIB, 14 * MIB, 16 * MIB),
+        (STACK, 64 * MIB, 8192, 63 * MIB),
+    )
+    first, second, *_ = items_of(sound, of_mappings(reserved, known, other))
+    assert first.bytes == 630 * MIB
+    assert any("which part took most is not certain" in reason for reason in first.weakened_by)
+    assert second.topic == "module_data"
+
+
 FILE, SHARED = MappingKind.MAPPED_FILE, MappingKind.SHARED_MEMORY
 
 

@@ -73,7 +73,7 @@ def unpack(
     """
     compressed_bytes = os.fstat(file.fileno()).st_size
     bounds = _Bounds(kind, where, compressed_bytes, unpacked_limit)
-    stream = opened_stream(file, kind, where)
+    stream = opened_stream(file, kind, where, unpacked_limit)
     folder = directory or _roomy_directory(where)
     temporary = _temporary_file(folder, where)
     damage = ""

@@ -25,9 +25,10 @@ MAGICS: Final[tuple[tuple[bytes, str], ...]] = (
 )
 READ_BYTES: Final = 1 << 18
 BLOCK_BYTES: Final = 1 << 22
-_XZ_MEMORY: Final = 2 << 30
-_ZST_WINDOW: Final = 2 << 30
+_MOST_MEMORY: Final = 2 << 30
 """What a stream may want for its window, the most of zstd --long=31; memory is taken as it is filled."""
+_USUAL_MEMORY: Final = 128 << 20
+"""What every stream may want: zstd's own limit without --long."""
 _FIRST_SKIPPABLE, _LAST_SKIPPABLE = 0x184D2A50, 0x184D2A5F
 """Magic numbers of frames that zst and lz4 pass over; pzstd begins its files with one (RFC 8878, 3.1.2)."""
 _ZST_MAGIC: Final = 0xFD2FB528
@@ -72,17 +73,21 @@ def compression_of(file: IO[bytes]) -> str | None:
     return None
 
 
-def opened_stream(file: IO[bytes], kind: str, where: str) -> Stream:
-    """The content of a file of this compression. Raises FailedHere where the package for it is missing."""
+def opened_stream(file: IO[bytes], kind: str, where: str, unpacked_limit: int | None = None) -> Stream:
+    """The content of a file of this compression. Raises FailedHere where the package for it is missing.
+
+    A window is no larger than what may be unpacked (``unpacked_limit`` bytes; None: not limited), whatever the stream asks for.
+    """
     padding = Padding()
     file.seek(0)
+    memory = _MOST_MEMORY if unpacked_limit is None else min(_MOST_MEMORY, max(_USUAL_MEMORY, unpacked_limit))
     if kind == "zst":
-        return Stream(_zst_blocks(file, padding, _package("zstandard", where)), padding)
+        return Stream(_zst_blocks(file, padding, _package("zstandard", where), memory), padding)
     if kind == "lz4":
         package = _package("lz4.frame", where)
         return Stream(_blocks(file, padding, kind, package.LZ4FrameDecompressor, RuntimeError), padding)
     if kind == "xz":
-        new = partial(lzma.LZMADecompressor, memlimit=_XZ_MEMORY)
+        new = partial(lzma.LZMADecompressor, memlimit=memory)
         return Stream(_blocks(file, padding, kind, new, lzma.LZMAError), padding)
     return Stream(_blocks(file, padding, kind, _GzipMember, zlib.error), padding)
 
@@ -184,13 +189,13 @@ class _Part:
         return data
 
 
-def _zst_blocks(file: IO[bytes], padding: Padding, package: ModuleType) -> Iterator[bytes]:
+def _zst_blocks(file: IO[bytes], padding: Padding, package: ModuleType, window: int) -> Iterator[bytes]:
     """As ``_blocks``; zstandard's reader bounds its output, but is silent about a cut stream, and loses a frame to padding."""
     frames = zst_frames(file)
     padding.byte_count, padding.is_zeros = frames.padding_bytes, frames.padding_is_zeros
     for start, end in frames.runs:
         part = _Part(file, start, end)
-        decompressor = package.ZstdDecompressor(max_window_size=_ZST_WINDOW)
+        decompressor = package.ZstdDecompressor(max_window_size=window)
         reader = decompressor.stream_reader(part, read_across_frames=True, closefd=False)
         try:
             while block := reader.read(BLOCK_BYTES):

@@ -55,7 +55,7 @@ EXPECTED = {
     "ratchet@given": set(),
     "ratchet@late": {RATCHET},  # what it retains was never touched
     "stacks": {"STACK-MEMORY"},
-    "abort_double_free": {ABORT, LEAK},
+    "abort_double_free": {ABORT, LEAK, "DOUBLE-FREE"},
     "crash_in_malloc_top": {ABORT, LEAK, OVERFLOW, LOCKED},
     "crash_in_malloc_next_size": {ABORT, LEAK, OVERFLOW, LOCKED},
     "crash_in_malloc_unsorted": {LEAK, WRITTEN, LOCKED},

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "fixtures" / "cores" / "plain_small.core.zst"
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+
+
+def _set_signals(of_interrupt: signal.Handlers) -> None:
+    """What runs in the background or by nohup has others."""
+    signal.signal(signal.SIGINT, of_interrupt)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def ended(
@@ -29,7 +37,7 @@ def ended(
         text=True,
         timeout=120,
         check=False,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, disposition),
+        preexec_fn=partial(_set_signals, disposition),
     )
 
 

@@ -6,7 +6,7 @@ names the winner, the runner-up, and every fact that spoke for or against.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -25,6 +25,7 @@ from coreheap.allocators.glibc.records import FREE_LIST_LIMIT, HeapInfo, Layout,
 from coreheap.allocators.glibc.scoring import (
     ARENA_ACCEPTED,
     arena_score,
+    arena_scores,
     fastbin_heads,
     sampled,
     sub_heap_score,
@@ -87,6 +88,10 @@ def _heap_max_candidates(layout: Layout) -> tuple[int, ...]:
     if not layout.generation.heap_max_follows_hugetlb:
         return (default,)
     return (default, *(4 * page_bytes for page_bytes in HUGE_PAGE_BYTES))
+
+
+ARENAS_AT_ONCE = 256
+"""Arenas of a ring that are looked at together, 2 KiB each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,22 +188,24 @@ class Search:
         best_key = (-1, False, 0.0)
         best_evidence: list[Evidence] = []
         covered: set[int] = set()
-        steps = 0
-        for sighting in sightings:
-            if sighting.address in covered or score_of(sighting.address) < ARENA_ACCEPTED:
+        steps, ahead = 0, 1
+        for number, sighting in enumerate(sightings):
+            if sighting.address in covered:
+                continue
+            if sighting.address not in self.scores.get(ring_kind(layout), {}):
+                # Under the layout of another release all of them fail: so more and more are looked at together.
+                self.score_arenas(layout, [other.address for other in sightings[number : number + ahead]])
+                ahead = min(2 * ahead, ARENAS_AT_ONCE)
+            if score_of(sighting.address) < ARENA_ACCEPTED:
                 continue
             if steps > RING_STEPS_LIMIT:
                 break
-            ring = locate.ring_from(
-                memory,
-                sighting.address,
-                layout,
-                heap_max,
-                lambda address: not 0 <= score_of(address) < ARENA_ACCEPTED,
-            )
+            ring = locate.ring_from(memory, sighting.address, layout, heap_max, self.ring_test(layout))
             covered.update(ring.members)
             steps += len(ring.members)
-            known = [score for member in sampled(ring.members) if (score := score_of(member)) >= 0]
+            members = sampled(ring.members)
+            self.score_arenas(layout, members)
+            known = [score for member in members if (score := score_of(member)) >= 0]
             # Damage in some arenas must not hide the others; a ring of mostly something else is not one.
             if 2 * sum(score >= ARENA_ACCEPTED for score in known) <= len(known):
                 continue
@@ -216,6 +223,29 @@ class Search:
         main_is_saved = best_ring.main is not None and score_of(best_ring.main) >= 0
         heads = fastbin_heads(memory, layout, sampled(best_ring.members))
         return FoundRing(best_ring, heap_max, headers, parts, main_is_saved, heads, tuple(evidence))
+
+    def ring_test(self, layout: Layout) -> Callable[[int], bool]:
+        """Whether a place may be an arena; to be asked of the members of one ring in their order.
+
+        Under a layout with another heap_info every arena is asked for. So it looks ahead along the ring, twice as far each time.
+        """
+        scores = self.scores.setdefault(ring_kind(layout), {})
+        ahead = 1
+
+        def may_be_arena(address: int) -> bool:
+            nonlocal ahead
+            if address not in scores:
+                self.score_arenas(layout, locate.next_arenas(self.core.memory, address, layout, ahead))
+                ahead = min(2 * ahead, ARENAS_AT_ONCE)
+            return not 0 <= self.score_of_arena(layout, address) < ARENA_ACCEPTED
+
+        return may_be_arena
+
+    def score_arenas(self, layout: Layout, addresses: Sequence[int]) -> None:
+        """Look at several places at once that ``score_of_arena`` will be asked for."""
+        scores = self.scores.setdefault(ring_kind(layout), {})
+        new = [address for address in addresses if address not in scores]
+        scores.update(arena_scores(self.core.memory, new, layout))
 
     def score_of_arena(self, layout: Layout, address: int) -> float:
         """As ``arena_score``, -1 where the malloc_state was not saved. Layouts of the same kind have the same."""

@@ -19,7 +19,6 @@ from coreheap.allocators.glibc.records import (
     HeapInfo,
     Layout,
     heap_info_is_plausible,
-    read_heap_info,
 )
 from coreheap.corefile import AddressSpace, Core
 from coreheap.corefile.regions import PROCESS_END, Backing
@@ -110,11 +109,13 @@ def sub_heap_headers(core: Core, layout: Layout, heap_max: int) -> tuple[HeapInf
     row = np.repeat(np.arange(len(first)), count.astype(np.intp))
     multiples = first[row] + (np.arange(len(row), dtype=np.uint64) - before[row]) * np.uint64(heap_max)
     multiples = multiples[mapped_for_data(memory, multiples)]
-    (owner, size), saved = columns_at(memory, multiples, layout.heap_info, ("ar_ptr", "size"))
+    columns, saved = columns_at(memory, multiples, layout.heap_info, ("ar_ptr", "prev", "size", "mprotect_size"))
+    owner, _, size, _ = columns
     may_be = saved & (owner[:, 0] != 0) & (size[:, 0] != 0) & (size[:, 0] <= np.uint64(heap_max))
     headers: list[HeapInfo] = []
-    for address in multiples[may_be].tolist():
-        info = read_heap_info(memory, address, layout)
+    fields = [multiples[may_be], *(column[may_be, 0] for column in columns)]
+    for numbers in zip(*(field.tolist() for field in fields), strict=True):
+        info = HeapInfo(*numbers)
         if heap_info_is_plausible(info, heap_max, core.page_bytes):
             headers.append(info)
         if len(headers) > FREE_LIST_LIMIT:
@@ -163,6 +164,17 @@ def ring_from(
     position = members.index(main)
     others = (*members[position + 1 :], *members[:position])
     return ArenaRing(main, others, is_closed)
+
+
+def next_arenas(memory: AddressSpace, start: int, layout: Layout, count: int) -> list[int]:
+    """So many places along ``next`` from an arena on, itself included; fewer where a word is not in the core."""
+    places, offset = [start], layout.state.offset("next")
+    while len(places) < count:
+        try:
+            places.append(memory.read_word(places[-1] + offset))
+        except MemoryFault:
+            break
+    return places
 
 
 def _scan_order(core: Core) -> list[tuple[int, int]]:

@@ -6,11 +6,14 @@ nor what their scores lead to (``identify``).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
 from coreheap.allocators.glibc import locate
-from coreheap.allocators.glibc.gathering import words_at
+from coreheap.allocators.glibc.gathering import Bools, UInt64s, columns_at, words_at
 from coreheap.allocators.glibc.locate import ArenaRing
 from coreheap.allocators.glibc.records import BIN_COUNT, ArenaState, HeapInfo, Layout, read_arena, read_tcache
 from coreheap.allocators.glibc.structures import SAFE_LINKING_SHIFT
@@ -28,56 +31,97 @@ FASTBINS_SAMPLED, FAST_CHUNKS_SAMPLED = 16, 64
 """Arenas whose fastbins are asked how they are linked, and chunks of each list."""
 
 
+@dataclass(frozen=True, slots=True)
+class _ArenaColumns:
+    """Fields of many malloc_states: uint64[n], of ``fastbins`` and ``bins`` a row each; ``attached_threads`` 0 where there is none."""
+
+    address: UInt64s
+    mutex: UInt64s
+    flags: UInt64s
+    top: UInt64s
+    next: UInt64s
+    system_mem: UInt64s
+    max_system_mem: UInt64s
+    attached_threads: UInt64s
+    fastbins: UInt64s
+    bins: UInt64s
+
+
+_NUMBERS = ("mutex", "flags", "top", "next", "system_mem", "max_system_mem", "attached_threads")
+
+
 def arena_score(memory: AddressSpace, state: ArenaState, layout: Layout) -> float:
-    """Share of the invariants of one malloc_state that hold under a layout, between 0 and 1.
+    """Share of the invariants of one malloc_state that hold under a layout, between 0 and 1."""
+    numbers = {name: np.array([getattr(state, name) or 0], np.uint64) for name in _NUMBERS}
+    address = np.array([state.address], np.uint64)
+    states = _ArenaColumns(address=address, **numbers, fastbins=state.fastbins[None], bins=state.bins[None])
+    return float(_scores(memory, states, layout)[0])
+
+
+def arena_scores(memory: AddressSpace, addresses: Sequence[int], layout: Layout) -> dict[int, float]:
+    """As ``arena_score`` for many arenas, by address; those that are in the core as a whole."""
+    fields = layout.state
+    present = tuple(name for name in (*_NUMBERS, "fastbinsY", "bins") if name in fields)
+    values, saved = columns_at(memory, np.array(addresses, np.uint64), fields, present)
+    column = dict(zip(present, (value[saved] for value in values), strict=True))
+    address = np.array(addresses, np.uint64)[saved]
+    nothing = np.zeros((len(address), 1), np.uint64)
+    numbers = {name: column.get(name, nothing)[:, 0] for name in _NUMBERS}
+    fastbins = column.get("fastbinsY", nothing)
+    states = _ArenaColumns(address=address, **numbers, fastbins=fastbins, bins=column["bins"])
+    return dict(zip(address.tolist(), _scores(memory, states, layout).tolist(), strict=True))
+
+
+def _scores(memory: AddressSpace, states: _ArenaColumns, layout: Layout) -> npt.NDArray[np.float64]:
+    """Share of the invariants of each malloc_state that hold under a layout.
 
     Source: malloc_init_state, sysmalloc, arena_get2 (glibc 2.12-2.44). Half of it are the 127 bins.
     """
     word_class = layout.word_class
-    flags_allowed = 0b111 if layout.generation.flags_hold_fastchunks else 0b010
-    if state.is_unused:
-        is_empty = not state.bins.any() and not state.fastbins.any()
-        return float(is_empty and _leads_on_unused(memory, state, layout))
-    first_bin = layout.bin_header(state.address, 1)
-    header = np.uint64(first_bin) + np.arange(BIN_COUNT, dtype=np.uint64) * np.uint64(word_class.header_bytes)
-    phase = np.uint64(word_class.granule_phase)
-    mask = np.uint64(word_class.alignment - 1)
-    fd, bk = state.bins[0::2], state.bins[1::2]
+    flags_allowed = np.uint64(0b111 if layout.generation.flags_hold_fastchunks else 0b010)
+    phase, mask = np.uint64(word_class.granule_phase), np.uint64(word_class.alignment - 1)
+
+    def may_be_chunk(addresses: UInt64s) -> Bools:
+        held: Bools = (addresses & mask) == phase
+        held[held] = locate.mapped_for_data(memory, addresses[held])
+        return held
+
+    first_bin = states.address + np.uint64(layout.bin_header(0, 1) % (1 << 64))
+    header = first_bin[:, None] + np.arange(BIN_COUNT, dtype=np.uint64) * np.uint64(word_class.header_bytes)
+    fd, bk = states.bins[:, 0::2], states.bins[:, 1::2]
+    is_held = (fd == header) & (bk == header)
     leads_off = (fd != header) & (bk != header)
-    filled = np.flatnonzero(leads_off)
-    fast = state.fastbins[state.fastbins != 0]
-    # All that has to be mapped, in one question.
-    mapped = locate.mapped_for_data(
-        memory, np.concatenate((fd[filled], bk[filled], fast, np.array([state.top, state.next], np.uint64)))
-    )
-    aligned = ((fd[filled] & mask) == phase) & ((bk[filled] & mask) == phase)
-    linked = int((aligned & mapped[: len(filled)] & mapped[len(filled) : 2 * len(filled)]).sum())
-    empty = int(((fd == header) & (bk == header)).sum())
-    bins_share = (empty + linked) / BIN_COUNT
-    top_mapped, next_mapped = mapped[-2:].tolist()
-    checks: list[bool] = [
-        state.mutex in (0, 1, 2),
-        state.flags & ~flags_allowed == 0,
-        state.system_mem <= state.max_system_mem,
-        state.top == first_bin or ((state.top & (word_class.alignment - 1)) == word_class.granule_phase and top_mapped),
-        state.system_mem > 0 or state.top == first_bin,
-        state.attached_threads is None or state.attached_threads < 1 << 20,
-        bool((((fast & mask) == phase) & mapped[2 * len(filled) : -2]).all()),
-        state.next != 0 and next_mapped,
+    is_held[leads_off] = may_be_chunk(fd[leads_off]) & may_be_chunk(bk[leads_off])
+    has_no_top = states.top == first_bin
+    checks = [
+        states.mutex <= np.uint64(2),
+        states.flags & ~flags_allowed == 0,
+        states.system_mem <= states.max_system_mem,
+        has_no_top | may_be_chunk(states.top),
+        (states.system_mem > 0) | has_no_top,
+        states.attached_threads < np.uint64(1 << 20),
+        ((states.fastbins == 0) | may_be_chunk(states.fastbins)).all(axis=1),
+        (states.next != 0) & locate.mapped_for_data(memory, states.next),
     ]
-    return 0.5 * bins_share + 0.5 * sum(checks) / len(checks)
+    held = np.count_nonzero(checks, axis=0) / len(checks)
+    scores: npt.NDArray[np.float64] = 0.5 * (np.count_nonzero(is_held, axis=1) / BIN_COUNT) + 0.5 * held
+    is_unused = (states.top == 0) & (states.system_mem == 0)
+    for row in np.flatnonzero(is_unused).tolist():
+        is_empty = not states.bins[row].any() and not states.fastbins[row].any()
+        scores[row] = is_empty and _leads_on_unused(memory, int(states.address[row]), int(states.next[row]), layout)
+    return scores
 
 
-def _leads_on_unused(memory: AddressSpace, state: ArenaState, layout: Layout) -> bool:
+def _leads_on_unused(memory: AddressSpace, address: int, following: int, layout: Layout) -> bool:
     """Whether a main_arena that no malloc has initialised leads to itself, or to the arena of a sub-heap.
 
     free needs no initialised main_arena: it makes its tcache in an arena of its own, which is linked in (arena.c,
     arena_get2 and _int_new_arena, 2.26-2.41).
     """
-    if state.next == state.address:
+    if following == address:
         return True
     try:
-        return memory.read_word(state.next - layout.heap_info_bytes) == state.next
+        return memory.read_word(following - layout.heap_info_bytes) == following
     except MemoryFault:
         return False
 
@@ -98,12 +142,11 @@ def sub_heap_score(
     for header in headers:
         committed[header.ar_ptr] = committed.get(header.ar_ptr, 0) + header.size
     places = {header.address + layout.heap_info_bytes for header in headers}
-    system_mem_offset = layout.state.offset("system_mem")
+    offset = layout.state.offset("system_mem")
     held = asked = 0
-    for address in ring.others:
-        try:
-            system_mem = memory.read_word(address + system_mem_offset)
-        except MemoryFault:
+    words, saved = words_at(memory, np.array(ring.others, np.uint64) + np.uint64(offset))
+    for address, system_mem, is_saved in zip(ring.others, words.tolist(), saved.tolist(), strict=True):
+        if not is_saved:
             continue
         asked += 1
         held += address in places and committed.get(address) == system_mem

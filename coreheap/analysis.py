@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -40,6 +39,7 @@ from coreheap.report import (
 from coreheap.retention import survey_free_memory
 from coreheap.thread_summaries import thread_summaries
 from coreheap.verdict import leak_verdict, memory_verdict
+from coreheap.version import VERSION
 
 if TYPE_CHECKING:
     from coreheap.leak_search import LeakSearch, References
@@ -162,7 +162,7 @@ def analyze_with_references(core: Core, options: AnalysisOptions | None = None) 
     left_out = heap is not None and any(gap.cause not in NOTHING_LEFT_OUT for gap in heap.gaps)
     is_partial = bool(change) or core.truncated or left_out or bool(defects)
     report = Report(
-        tool_version=tool_version(),
+        tool_version=VERSION,
         kernels=active_name,
         core=_core_summary(core),
         process=_process_summary(core),
@@ -190,14 +190,6 @@ def analyze_with_references(core: Core, options: AnalysisOptions | None = None) 
         crash=crash,
     )
     return report, search.references if search else None
-
-
-def tool_version() -> str:
-    """The installed version of coreheap; ``unknown`` when it runs from a source tree that was never installed."""
-    try:
-        return version("coreheap")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _answer(name: str, question: Callable[[], Answer], defects: list[str]) -> Answer | None:

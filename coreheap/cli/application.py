@@ -16,7 +16,7 @@ from coreheap.cli.exit_codes import ExitCode
 from coreheap.cli.messages import listen, say, say_defect, say_error
 from coreheap.errors import CoreheapError, FailedHere, OutputNotWritten, UsageError, failure_here
 
-VALUES_BETWEEN_COLLECTIONS = 50_000
+VALUES_BETWEEN_COLLECTIONS = 500_000
 
 
 def run_command(arguments: Sequence[str] | None) -> int:

@@ -207,12 +207,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _ShowVersion(argparse.Action):
-    """Prints the version; looked up only when asked for."""
+    """Prints the version."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from coreheap.analysis import tool_version
+        from coreheap.version import VERSION
 
-        print(f"coreheap {tool_version()}")
+        print(f"coreheap {VERSION}")
         parser.exit()
 
 

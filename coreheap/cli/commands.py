@@ -18,10 +18,11 @@ from coreheap.cli.progress import ProgressReporter, is_wanted
 from coreheap.errors import UsageError
 from coreheap.heap import ChunkState
 from coreheap.leaks import Explanation, OwnerNode, Verdict
-from coreheap.render import rows, tables
+from coreheap.render import tables
 from coreheap.report import Finding, Report, Severity
 
 if TYPE_CHECKING:
+    from coreheap.render import rows
     from coreheap.render.page import PageStyle
 
 ROWS_SHOWN = 50
@@ -174,6 +175,8 @@ def _maps(report: Report, request: Request, output: Output) -> Iterator[bytes]:
 
 
 def _chunks(report: Report, request: Request, output: Output) -> Iterator[bytes | bytearray]:
+    from coreheap.render import rows
+
     heap = report.heap
     arenas = heap.arenas if heap else ()
     if heap is not None and request.arena is not None and request.arena not in {arena.index for arena in arenas}:
@@ -192,6 +195,8 @@ def _chunks(report: Report, request: Request, output: Output) -> Iterator[bytes 
 def _chunk_rows(
     found: Iterator[rows.ChunkRows], columns: tuple[str, ...], request: Request, output: Output
 ) -> Iterator[bytes | bytearray]:
+    from coreheap.render import rows
+
     if request.format is OutputFormat.TEXT:
         from coreheap.render.terminal_tables import chunks_text
 
@@ -208,6 +213,8 @@ def _about_references(
     report: Report, request: Request, output: Output, explorer: pipeline.Explorer
 ) -> Iterator[bytes | bytearray]:
     if request.command == "leaks" and request.lists_chunks:
+        from coreheap.render import rows
+
         heap = report.heap
         wanted = rows.ChunkFilter(verdicts=_verdicts(request) or SUSPECT_VERDICTS)
         batches, arenas = (heap.chunks.batches(), heap.arenas) if heap else (iter(()), ())

@@ -6,7 +6,6 @@ Knows: pipes that are closed early, disks that are full, files that are replaced
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 import sys
 from collections.abc import Iterator
@@ -161,7 +160,7 @@ def _written_in_place(target: str, path: str) -> Iterator[_File]:
 def _replaced(target: str, path: str) -> Iterator[_File]:
     """A new file beside ``target`` that takes its name at the end, and is removed if the block fails."""
     folder, name = os.path.split(target)
-    temporary = os.path.join(folder, f".{name[:64]}.{secrets.token_hex(8)}.part")
+    temporary = os.path.join(folder, f".{name[:64]}.{os.urandom(8).hex()}.part")
     signals.note_unfinished(temporary)
     try:
         try:

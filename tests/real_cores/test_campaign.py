@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.conftest import skip_unless_ci
-from tests.real_cores import campaign, cores, witness
+from tests.real_cores import campaign, cores, witness, workers
 from tests.real_cores.campaign_languages import LANGUAGES
 from tests.real_cores.campaign_tools import TOOLS
 
@@ -29,6 +32,23 @@ def test_nothing_wrong_is_said_of_a_program_in_the_middle_of_its_work(name: str,
 def test_no_two_programs_have_one_name_and_each_names_its_package() -> None:
     assert not LANGUAGES.keys() & TOOLS.keys()
     assert all(worker.package for worker in PROGRAMS.values())
+
+
+BLOCKS_ALL = """
+import signal, sys
+signal.signal(signal.SIGSEGV, lambda *_: None)
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+print(flush=True); sys.stdin.read()
+"""
+
+
+def test_a_signal_that_is_blocked_for_a_moment_ends_a_program_that_handles_the_wanted_one() -> None:
+    command = [sys.executable, "-c", BLOCKS_ALL]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert workers.deadly(process.pid, signal.SIGSEGV) is signal.SIGXCPU
+        assert workers.deadly(process.pid, signal.SIGTRAP) is signal.SIGTRAP
 
 
 # ------------------------------------------------------------------------------ the witness itself

@@ -119,7 +119,7 @@ def killed(
     with running(worker, command, work, more or {}, most_core_bytes) as process:
         if not _reaches(process, moment):
             return None
-        os.kill(process.pid, _deadly(process.pid, worker.signal))
+        os.kill(process.pid, deadly(process.pid, worker.signal))
         try:
             process.wait(CORE_SECONDS)
         except subprocess.TimeoutExpired as problem:
@@ -178,11 +178,19 @@ def _reaches(process: subprocess.Popen[bytes], moment: float) -> bool:
     return process.poll() is None
 
 
-def _deadly(pid: int, wanted: signal.Signals) -> signal.Signals:
-    """The wanted signal, or where the program handles it another one that leaves a core."""
+def deadly(pid: int, wanted: signal.Signals) -> signal.Signals:
+    """The wanted signal, or where the program handles it another one that leaves a core.
+
+    One that is only blocked comes next: pthread_create blocks all signals for a moment.
+    """
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigIgn", "SigCgt", "SigBlk"))]
-    return next((one for one in (wanted, *DEADLY) if not any(mask >> (one - 1) & 1 for mask in masks)), wanted)
+    masks = {line[:6]: int(line.split()[1], 16) for line in lines if line.startswith("Sig") and "/" not in line}
+    handled, blocked = masks["SigIgn"] | masks["SigCgt"], masks["SigBlk"]
+    for mask in (handled | blocked, handled):
+        for one in (wanted, *DEADLY):
+            if not mask >> (one - 1) & 1:
+                return one
+    return wanted
 
 
 def _mapped_bytes(pid: int) -> int:

@@ -51,6 +51,10 @@ ADDRESS_PARAMETERS = frozenset({"sbrk_base"})
 """The fields of ``mp_`` that hold an address; all others are counts or bytes."""
 
 
+NOTHING = StateTotal()
+STATE_LABELS = tuple((state, state.label) for state in ChunkState)
+
+
 class SchemaName(Enum):
     """The schemas that ship with coreheap."""
 
@@ -276,7 +280,7 @@ def _totals(report: Report) -> Json:
 
 
 def _states(totals: StateTotals) -> dict[str, Json]:
-    return {state.label: _total(totals.get(state, StateTotal())) for state in ChunkState}
+    return {label: _total(totals.get(state, NOTHING)) for state, label in STATE_LABELS}
 
 
 def _total(total: StateTotal) -> Json:
@@ -284,7 +288,8 @@ def _total(total: StateTotal) -> Json:
 
 
 def _sum(totals: StateTotals, states: Iterable[ChunkState]) -> StateTotal:
-    return sum((totals.get(state, StateTotal()) for state in states), StateTotal())
+    present = [total for state in states if (total := totals.get(state, NOTHING)) != NOTHING]
+    return sum(present, NOTHING)
 
 
 def _sum_if_known(parts: Iterable[int | None]) -> int | None:

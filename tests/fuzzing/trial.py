@@ -198,7 +198,7 @@ def _check_error(error: CoreheapError, path: Path) -> None:
         raise failure_of(error, "unclear error")
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
-        code = main(["analyze", str(path), "--no-leaks"])
+        code = main(["analyze", str(path), "--no-leaks", "--max-unpacked", str(UNPACKED_LIMIT)])
     if code != 3 or "Traceback" in stderr.getvalue() or "defect" in stderr.getvalue():
         raise Failure("exit code", f"exit code {code} for {error.message}", stderr.getvalue())
     _check_characters(stderr.getvalue(), "standard error")

@@ -35,6 +35,9 @@ mmap, munmap, mremap, mprotect, madvise (arch/x86/entry/syscalls). aarch64's cor
 CALLS_THAT_SIGNAL = {"x86_64": frozenset((62, 200, 234)), "i386": frozenset((37, 238, 270))}
 """kill, tkill, tgkill: a thread that is not in one of them did not send the signal itself."""
 
+AT_SYSINFO = 32
+"""Where __kernel_vsyscall is, by which i386 programs enter the kernel (include/uapi/linux/auxvec.h; none on other machines)."""
+
 SYSCALL_BYTES = 2
 """The length of the instruction ``syscall``, which leaves the address behind it in rcx (x86_64)."""
 
@@ -117,6 +120,8 @@ class Standings:
 
     def _stood(self, frame: Interruption) -> Moment:
         """Where a thread was in malloc when a signal interrupted it."""
+        if self._enters_the_kernel(frame.program_counter):
+            return Moment.BETWEEN_STEPS
         if not self._is_in_malloc(frame.program_counter):
             return Moment.NEVER
         behind = frame.registers.get("rcx", 0) - frame.program_counter
@@ -129,13 +134,20 @@ class Standings:
         return Moment.BETWEEN_STEPS if is_call_of_malloc else Moment.NEVER
 
     def _stands_now(self, thread: Thread) -> Moment:
-        if not self._is_in_malloc(thread.program_counter):
+        is_entry = self._enters_the_kernel(thread.program_counter)
+        if not is_entry and not self._is_in_malloc(thread.program_counter):
             return Moment.NEVER
         name, calls = SYSCALLS_OF_MALLOC.get(self._core.machine, ("", frozenset()))
         number = thread.registers.get(name)
         if number is None or number >= 1 << 31:
-            return Moment.BETWEEN_STORES
+            # Back from a call, or about to make one: only its number says whose.
+            return Moment.BETWEEN_STEPS if is_entry else Moment.BETWEEN_STORES
         return Moment.BETWEEN_STEPS if number in calls else Moment.NEVER
+
+    def _enters_the_kernel(self, program_counter: int) -> bool:
+        """Whether code is the kernel's own page of system calls, which lies outside of libc (i386)."""
+        entry = self._core.auxv.get(AT_SYSINFO, 0)
+        return entry != 0 and program_counter // self._core.page_bytes == entry // self._core.page_bytes
 
     # What they hold
 

@@ -6,18 +6,22 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.real_cores.real_programs import tool
+from tests.real_cores.real_programs import CannotRun, tool
 from tests.real_cores.workers import Worker
 
 Prepare = Callable[[Path], Sequence[str]]
 
 
-def script(package: str, name: str, content: str, *command: str) -> Prepare:
-    """A file with this content beside a command of this package."""
+def script(package: str, name: str, content: str, *command: str, check: tuple[str, ...] = ()) -> Prepare:
+    """A file with this content beside a command of this package. With the words of ``check`` the command tells whether it has
+    all that it needs: a small package may bring it alone."""
 
     def prepare(directory: Path) -> Sequence[str]:
         (directory / name).write_text(content)
-        return [tool(command[0], package), *command[1:]]
+        program = tool(command[0], package)
+        if check and subprocess.run([program, *check], capture_output=True, check=False).returncode != 0:
+            raise CannotRun(f"{program} lacks its modules: apt-get install {package}")
+        return [program, *command[1:]]
 
     return prepare
 
@@ -315,6 +319,11 @@ LANGUAGES = {
     "bc": Worker("bc", script("bc", "work.bc", BC, "bc", "-q", "work.bc")),
     "maxima": Worker("maxima", script("maxima", "work.mac", MAXIMA, "maxima", "--very-quiet", "-b", "work.mac"), environment={"GCL_MEM_MULTIPLE": "0.02"}, starts_in=1.0),
     "gnuplot": Worker("gnuplot-nox", script("gnuplot-nox", "empty", "", "gnuplot"), feed=GNUPLOT),
-    "perl-threads": Worker("perl", script("perl", "work.pl", PERL, "perl", "work.pl"), starts_in=0.4),
+    "perl-threads": Worker(
+        "perl",
+        # perl-base has no such modules.
+        script("perl", "work.pl", PERL, "perl", "work.pl", check=("-Mthreads", "-MJSON::PP", "-e", "1")),
+        starts_in=0.4,
+    ),
     "jq": Worker("jq", script("jq", "empty", "", "jq", "-n", JQ)),
 }  # fmt: skip

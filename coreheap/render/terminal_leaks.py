@@ -38,11 +38,11 @@ VERDICT_STYLES = {
     Verdict.STILL_REACHABLE: "green",
 }
 HEURISTIC_WORDS = {
-    Heuristic.NEW_ARRAY: "reachable: pointed to behind the count of new[]",
+    Heuristic.NEW_ARRAY: "reachable: pointed to just after the count of new[]",
     Heuristic.SECOND_BASE: "reachable: pointed to at the virtual table of a second base, or at constants",
     Heuristic.CONSTANT_OFFSET: "reachable: all pointed to at one distance (a header before them, a list linked by a member)",
-    Heuristic.LENGTH_PREFIX: "reachable: pointed to behind a length that fits (strings)",
-    Heuristic.EXCEPTION_POINTER: "reachable: thrown C++ objects, pointed to behind their header",
+    Heuristic.LENGTH_PREFIX: "reachable: pointed to just after a length that fits (strings)",
+    Heuristic.EXCEPTION_POINTER: "reachable: thrown C++ objects, pointed to just after their header",
     Heuristic.HIGH_TAG: "possibly lost: held by addresses with a tag in the upper 16 bits",
     Heuristic.LOW_TAG: "possibly lost: held by addresses in the upper 48 bits of words",
     Heuristic.SHIFTED: "possibly lost: held by addresses that are shifted by some bits",
@@ -53,7 +53,7 @@ HEURISTIC_WORDS = {
     Heuristic.SIGNAL_STACK: "possibly lost: of the size of a signal stack, whose address only the kernel has",
     Heuristic.MISSING_SHARED_MEMORY: "possibly lost: shared memory that is not in the core could hold them",
 }
-"""What is said of the chunks that a heuristic concerns, behind their number."""
+"""What is said of the chunks that a heuristic concerns, after their count."""
 SUSPECTS_IN_REPORT = 5
 STEPS_AT_AN_END = 6
 """Of a long way to a chunk so many steps are shown from each end."""
